@@ -1,0 +1,5 @@
+"""`python -m amlmount`: the command line."""
+
+from amlmount.cli import main
+
+main()

@@ -1,0 +1,381 @@
+"""The disk tier: blocks as immutable files named by content identity, shared by every mount of a user.
+
+Layout, below `cache_dir/v1` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`; `tmp/`, files being
+written; `usage`, eight bytes that count the bytes of all blocks, changed under a lock on that file; `sweep.lock`, held
+by the one process that evicts.
+
+A block file is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
+a CRC-32C of itself; a file that fails any of them is removed, counted, and fetched again. So nothing is ever synced: a
+torn file after a crash is a missed block. Files appear by rename.
+
+Nothing here raises into a read. A disk that fails, is full, read-only or gone costs speed: blocks are not written, and
+after three errors in a row the cache is left alone for a while. Writes happen behind the read, in one thread, from a
+queue bounded in bytes; what does not fit the queue is not written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import crc32c
+import structlog
+
+from amlmount.blocks import MIB, BlockKey
+from amlmount.logs import Thinned
+from amlmount.metrics import Counters
+from amlmount.quota import Quota, Victim, limit_of, victims
+
+FORMAT = "v1"
+_MAGIC = b"AMLB\x00\x01"
+_HEADER = struct.Struct("<6sHQI32s8x")  # magic, reserved, data length, data CRC-32C, key digest
+HEADER_BYTES = _HEADER.size + 4  # ends with the CRC-32C of what is before it
+_PAGE = 4096
+_GROUP = 50_000  # blocks looked at together when evicting: 10 MB of memory
+_TOUCH_NS = 600 * 1_000_000_000  # a hit is noted on disk when the last note is older than this
+_ERRORS = 3
+_DOWN_S = 30.0
+_FULL_S = 5.0
+
+
+def encode_header(key: BlockKey, data: memoryview) -> bytes:
+    """Return the 64 bytes in front of a block's data."""
+    head = _HEADER.pack(_MAGIC, 0, len(data), crc32c.crc32c(data), key.digest())
+    return head + struct.pack("<I", crc32c.crc32c(head))
+
+
+def decode(key: BlockKey, raw: bytes) -> memoryview | None:
+    """Return the data of a block file's content, or None where anything about it is wrong."""
+    if len(raw) != HEADER_BYTES + key.length:
+        return None
+    view = memoryview(raw)
+    head = view[: _HEADER.size]
+    if crc32c.crc32c(head) != int.from_bytes(view[_HEADER.size : HEADER_BYTES], "little"):
+        return None
+    magic, _, length, crc, digest = _HEADER.unpack(head)
+    data = view[HEADER_BYTES:]
+    if magic != _MAGIC or length != len(data) or digest != key.digest() or crc32c.crc32c(data) != crc:
+        return None
+    return data
+
+
+def space_of(length: int) -> int:
+    """Return the bytes of disk that a block of `length` bytes is counted for."""
+    return -(-(HEADER_BYTES + length) // _PAGE) * _PAGE
+
+
+class BlockCache:
+    """The blocks of one user on one disk. Thread-safe; `read` may block on the disk, `offer` never does."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cache_size: int | None,
+        min_free: int,
+        queue_bytes: int,
+        counters: Counters,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._top = folder / FORMAT
+        self._cache_size = cache_size
+        self._min_free = min_free
+        self._queue_limit = queue_bytes
+        self._counters = counters
+        self._log = log
+        self._thinned = Thinned()
+        self._errors = 0
+        self._down_until = 0.0
+        self._no_write_until = 0.0
+        self._queue: deque[tuple[BlockKey, memoryview]] = deque()
+        self._queued = 0
+        self._wake = threading.Condition()
+        self._closing = False
+        self._names = 0
+        self._uncounted = False
+        self._quota = Quota(0, min_free)
+        self.enabled = cache_size != 0 and self._prepare()
+        if self.enabled:
+            threading.Thread(target=self._write_behind, name="cache-writer", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"<BlockCache {self._top}, {self.used()} of {self._quota.limit} bytes>"
+
+    @property
+    def limit(self) -> int:
+        """Bytes of blocks that the disk may hold."""
+        return self._quota.limit if self.enabled else 0
+
+    def _prepare(self) -> bool:
+        try:
+            self._make_folders()
+            status = os.lstat(self._top)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                self._log.warning("no disk cache: others could write to it", folder=str(self._top), do="chmod 700 it")
+                return False
+            self._uncounted = not (self._top / "usage").exists()
+            disk = os.statvfs(self._top)
+            total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+            self._quota = Quota(limit_of(self._cache_size, total, free, self.used()), self._min_free)
+            self._remove_leftovers()
+        except OSError as error:
+            self._log.warning("no disk cache", folder=str(self._top), error=str(error), do="set cache_dir to a disk that works")
+            return False
+        return True
+
+    def _make_folders(self) -> None:
+        self._top.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._top / "tmp").mkdir(mode=0o700, exist_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        for entry in os.scandir(self._top / "tmp"):
+            pid = entry.name.partition("-")[0]
+            if not pid.isdigit() or not os.path.exists(f"/proc/{pid}"):
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+    def _path(self, key: BlockKey) -> str:
+        name = key.digest().hex()
+        return f"{self._top}/{name[:2]}/{name[2:]}"
+
+    # Reading
+
+    def read(self, key: BlockKey) -> memoryview | None:
+        """Return a block's bytes, or None where it is not there, damaged, or the disk fails."""
+        if not self.enabled or time.monotonic() < self._down_until:
+            return None
+        path = self._path(key)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._counters.cache_misses += 1
+            return None
+        except OSError as error:
+            self._failed("read", error)
+            return None
+        try:
+            raw = os.pread(fd, HEADER_BYTES + key.length + 1, 0)
+            if time.time_ns() - os.fstat(fd).st_mtime_ns > _TOUCH_NS:
+                with suppress(OSError):  # a read-only disk can still be read
+                    os.utime(fd)
+            if key.length >= MIB:
+                # The kernel keeps these bytes for the mount already: once is enough.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            self._failed("read", error)
+            return None
+        finally:
+            os.close(fd)
+        self._errors = 0
+        data = decode(key, raw)
+        if data is None:
+            self._counters.cache_corrupt += 1
+            if self._thinned.due("corrupt") is not None:
+                self._log.warning("a damaged block in the cache was dropped and is fetched again", file=path)
+            self._remove(path, space_of(max(0, len(raw) - HEADER_BYTES)))
+            return None
+        self._counters.cache_hits += 1
+        return data
+
+    def _remove(self, path: str, space: int) -> bool:
+        try:
+            os.unlink(path)
+        except OSError:
+            return False
+        with suppress(OSError), self._usage() as usage:
+            usage.add(-space)
+        return True
+
+    def mark_slow(self) -> None:
+        """Leave the disk alone for a while: a read on it does not come back."""
+        self._down_until = time.monotonic() + _DOWN_S
+        if self._thinned.due("slow") is not None:
+            self._log.warning("the cache disk does not answer; reading past it", folder=str(self._top), for_s=_DOWN_S)
+
+    def _failed(self, what: str, error: OSError) -> None:
+        self._errors += 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._no_write_until = time.monotonic() + _FULL_S
+        elif self._errors >= _ERRORS:
+            self._errors = 0
+            self._down_until = time.monotonic() + _DOWN_S
+        if self._thinned.due((what, error.errno)) is not None:
+            self._log.warning("the cache disk fails; reads go on without it", on=what, error=error.strerror or str(error))
+
+    # Writing
+
+    def offer(self, key: BlockKey, data: memoryview) -> bool:
+        """Take a block to be written behind the read; False where it will not be."""
+        now = time.monotonic()
+        refused = not self.enabled or now < self._down_until or now < self._no_write_until or self._closing
+        with self._wake:
+            if refused or self._queued + len(data) > self._queue_limit:
+                self._counters.cache_dropped += self.enabled
+                return False
+            self._queue.append((key, data))
+            self._queued += len(data)
+            self._wake.notify()
+        return True
+
+    def _write_behind(self) -> None:
+        try:
+            # A limit lowered since the last mount holds from now on; a count that was lost is made anew.
+            excess = self._quota.to_evict(self.used(), self._free(), 0)
+            if excess or self._uncounted:
+                self._evict(excess)
+        except OSError as error:
+            self._failed("write", error)
+        while True:
+            with self._wake:
+                while not self._queue:
+                    if self._closing:
+                        return
+                    self._wake.wait()
+                key, data = self._queue[0]
+            try:
+                written = self._write(key, data)
+            except OSError as error:
+                self._failed("write", error)
+                written = False
+            if written:
+                self._counters.cache_writes += 1
+            else:
+                self._counters.cache_dropped += 1
+            del data
+            with self._wake:
+                self._queued -= len(self._queue.popleft()[1])
+                self._wake.notify_all()
+
+    def _write(self, key: BlockKey, data: memoryview) -> bool:
+        path = self._path(key)
+        if os.path.lexists(path):
+            return True
+        space = space_of(len(data))
+        if not self._reserve(space):
+            return False
+        self._names += 1
+        temporary = f"{self._top}/tmp/{os.getpid()}-{threading.get_native_id()}-{self._names}"
+        try:
+            fd = self._create(temporary)
+            try:
+                header = encode_header(key, data)
+                if os.writev(fd, [header, data]) != len(header) + len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path), 0o700)
+            os.rename(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            with suppress(OSError), self._usage() as usage:
+                usage.add(-space)
+            raise
+        self._errors = 0
+        return True
+
+    def _create(self, path: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            self._make_folders()  # somebody removed the cache under us
+            return os.open(path, flags, 0o600)
+
+    def _free(self) -> int:
+        disk = os.statvfs(self._top)
+        return disk.f_bavail * disk.f_frsize
+
+    def _reserve(self, space: int) -> bool:
+        """Count `space` bytes as used if the quota allows, evicting where it does not."""
+        for evicted in (False, True):
+            with self._usage() as usage:
+                used, free = usage.get(), self._free()
+                if self._quota.fits(used, free, space):
+                    usage.add(space)
+                    return True
+            if not evicted:
+                self._evict(self._quota.to_evict(used, free, space))
+        return False
+
+    def _evict(self, need: int) -> None:
+        """Remove the least recently used blocks, `need` bytes of them, and count anew what is there."""
+        with open(self._top / "sweep.lock", "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another process is at it
+            with self._usage() as usage:
+                before = usage.get()
+            found = gone = 0
+            group: list[Victim] = []
+            shards = sorted(e.path for e in os.scandir(self._top) if len(e.name) == 2)
+            for index, shard in enumerate(shards):
+                with suppress(FileNotFoundError):
+                    for entry in os.scandir(shard):
+                        status = entry.stat(follow_symlinks=False)
+                        space = space_of(max(0, status.st_size - HEADER_BYTES))
+                        group.append(Victim(status.st_mtime_ns, space, entry.path))
+                if len(group) >= _GROUP or index == len(shards) - 1:
+                    size = sum(v.size for v in group)
+                    found += size
+                    # This group's part of what has to go: names are hashes, so a group is a fair sample of all ages.
+                    last = index == len(shards) - 1
+                    part = need - gone if last else need * size // max(before, size)
+                    for victim in victims(group, part):
+                        if self._remove(victim.name, victim.size):
+                            gone += victim.size
+                            self._counters.cache_evicted += 1
+                    group = []
+            with self._usage() as usage:
+                # What others wrote meanwhile may be counted twice; never too little. The next sweep sets it right.
+                usage.add(found - before)
+
+    @contextmanager
+    def _usage(self) -> Iterator[_Usage]:
+        fd = os.open(self._top / "usage", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield _Usage(fd)
+        finally:
+            os.close(fd)
+
+    def used(self) -> int:
+        """Return the bytes of all blocks as counted; 0 where that cannot be read."""
+        try:
+            with self._usage() as usage:
+                return usage.get()
+        except OSError:
+            return 0
+
+    def close(self, flush_s: float = 2.0) -> None:
+        """Stop writing; blocks still queued are written for up to `flush_s` seconds."""
+        deadline = time.monotonic() + flush_s
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+            while self._queue and (left := deadline - time.monotonic()) > 0:
+                self._wake.wait(left)
+
+
+class _Usage:
+    """The shared count of bytes, while its lock is held."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def get(self) -> int:
+        return int.from_bytes(os.pread(self._fd, 8, 0), "little")
+
+    def add(self, change: int) -> None:
+        os.pwrite(self._fd, max(0, self.get() + change).to_bytes(8, "little"), 0)

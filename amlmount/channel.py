@@ -1,0 +1,165 @@
+"""The small local socket of one mount session: one JSON question a connection, one JSON answer.
+
+It lies beside the session's record in the user's run folder (mode 0700), so only that user and root reach it. A record
+is removed by its session; one whose process is gone is removed by whoever finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import trio
+
+from amlmount.dataset import MountStatus
+
+MAX_QUESTION = 1 << 20
+_ANSWER_TIMEOUT_S = 10
+
+
+class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the run folder says of one session."""
+
+    ref: str
+    path: str
+    digest: str
+    pid: int
+    started_at: float
+    """The process's start time, in seconds since 1970, so that a reused process number is noticed."""
+
+
+def _stem(path: str) -> str:
+    return sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def write_record(run: Path, record: SessionRecord) -> None:
+    """Publish a session's record."""
+    target = run / f"{_stem(record.path)}.json"
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(msgspec.json.encode(record))
+    temporary.rename(target)
+
+
+def remove_record(run: Path, path: str) -> None:
+    """Remove a session's record and socket, if they are this process's."""
+    record = read_record(run, path)
+    if record is None or record.pid == os.getpid():
+        _remove(run, path)
+
+
+def remove_dead_record(run: Path, path: str) -> None:
+    """Remove the record and socket that a session left which did not end by itself."""
+    record = read_record(run, path)
+    if record is not None and not is_alive(record):
+        _remove(run, path)
+
+
+def _remove(run: Path, path: str) -> None:
+    for suffix in (".json", ".sock"):
+        with suppress(FileNotFoundError):
+            (run / f"{_stem(path)}{suffix}").unlink()
+
+
+def read_record(run: Path, path: str) -> SessionRecord | None:
+    """Return the record of the session at a mount point, alive or not."""
+    try:
+        return msgspec.json.decode((run / f"{_stem(path)}.json").read_bytes(), type=SessionRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def records(run: Path) -> list[SessionRecord]:
+    """Return all records, by mount point."""
+    found = []
+    for file in run.glob("*.json"):
+        with suppress(OSError, msgspec.MsgspecError):
+            found.append(msgspec.json.decode(file.read_bytes(), type=SessionRecord))
+    return sorted(found, key=lambda record: record.path)
+
+
+def is_alive(record: SessionRecord) -> bool:
+    """Whether the record's process still runs."""
+    try:
+        return abs(psutil.Process(record.pid).create_time() - record.started_at) < 1.0
+    except psutil.Error:
+        return False
+
+
+@contextmanager
+def _address(run: Path, path: str) -> Iterator[str]:
+    # A socket's address holds 107 bytes; a path through a descriptor is short wherever the folder is.
+    fd = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{_stem(path)}.sock"
+    finally:
+        os.close(fd)
+
+
+def ask(run: Path, path: str, question: dict[str, Any], timeout_s: float = 3.0) -> dict[str, Any] | None:
+    """Ask the session at a mount point; None where it does not answer in time."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client, _address(run, path) as address:
+            client.settimeout(timeout_s)
+            client.connect(address)
+            client.sendall(json.dumps(question).encode() + b"\n")
+            answer = b""
+            while chunk := client.recv(65536):
+                answer += chunk
+            decoded = json.loads(answer)
+            return decoded if isinstance(decoded, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+async def serve(
+    run: Path,
+    path: str,
+    answer: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer questions until cancelled."""
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    with _address(run, path) as address:
+        with suppress(FileNotFoundError):
+            (run / f"{_stem(path)}.sock").unlink()
+        await listener.bind(address)
+        (run / f"{_stem(path)}.sock").chmod(0o600)
+    listener.listen(16)
+
+    async def one(stream: trio.SocketStream) -> None:
+        with trio.move_on_after(_ANSWER_TIMEOUT_S), suppress(trio.BrokenResourceError, ValueError):
+            question = b""
+            while not question.endswith(b"\n") and len(question) < MAX_QUESTION:
+                chunk = await stream.receive_some(65536)
+                if not chunk:
+                    return
+                question += chunk
+            decoded = json.loads(question)
+            await stream.send_all(json.dumps(answer(decoded if isinstance(decoded, dict) else {})).encode())
+        await trio.aclose_forcefully(stream)
+
+    task_status.started()
+    await trio.serve_listeners(one, [trio.SocketListener(listener)])
+
+
+def status_of(run: Path, record: SessionRecord) -> MountStatus:
+    """Return a session's status; its state is `dead` or `not answering` where it cannot say so itself."""
+    alive = is_alive(record)
+    said = ask(run, record.path, {"ask": "status"}) if alive else None
+    if said is not None:
+        with suppress(msgspec.ValidationError):
+            return msgspec.convert(said, MountStatus)
+    state = "not answering" if alive else "dead"
+    return MountStatus(
+        ref=record.ref, path=record.path, digest=record.digest, mode="mount", state=state, pid=record.pid,
+        started_ns=int(record.started_at * 1e9), files=0, bytes=0,
+    )  # fmt: skip

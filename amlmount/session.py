@@ -1,0 +1,248 @@
+"""One mount, from its spec to its end: builds every part, reports ready, runs, tears down in reverse.
+
+One process has one session (pyfuse3 holds it in a module's globals), and this process never touches its own mount.
+Ending: SIGTERM and SIGINT unmount, lazily where files are open, and end the process within `STOP_S` seconds whatever
+the store does; an unmount from outside ends it too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pyfuse3
+import structlog
+import trio
+
+from amlmount import channel, kernel
+from amlmount.cache import BlockCache
+from amlmount.catalog import Catalog
+from amlmount.config import Places, Settings, private_folder
+from amlmount.dataset import MountSpec, MountStatus, Source
+from amlmount.errors import AmlmountError, MountBusy, MountFailed, MountPointError
+from amlmount.fetch import Fetcher
+from amlmount.manifest import Manifest
+from amlmount.memory import BlockMemory, default_budget, keep_malloc_small, memory_limit
+from amlmount.metrics import Counters
+from amlmount.operations import Operations, Owner
+from amlmount.stores import Retrying, open_store
+from amlmount.tree import Tree
+
+STOP_S = 4.0
+"""Seconds from SIGTERM to the end at the most; the rest of the 5 s that are promised is the interpreter's."""
+
+_UNMOUNT_S = 1.5
+_PLAIN = re.compile(r"[A-Za-z0-9:@._/-]{1,200}\Z")
+
+
+class MountSession:
+    """Everything behind one mount point."""
+
+    def __init__(
+        self, spec: MountSpec, settings: Settings, where: Places, log: structlog.typing.FilteringBoundLogger
+    ) -> None:
+        self._spec = spec
+        self._settings = settings
+        self._log = log
+        self._run = private_folder(where.run)
+        self._catalog = Catalog(where)
+        self._counters = Counters()
+        self._stop = threading.Event()
+        self._started_ns = time.time_ns()
+        self._state = "starting"
+        self._device = ""
+
+    def _open_stores(self, sources: Sequence[Source]) -> list[Retrying]:
+        return [
+            Retrying(
+                open_store(self._catalog.access(source, os.environ), stall_timeout_s=self._settings.stall_timeout),
+                patience_s=self._settings.read_timeout,
+                counters=self._counters,
+                stop=self._stop,
+            )
+            for source in sources
+        ]
+
+    def _options(self) -> set[str]:
+        spec = self._spec
+        name = spec.ref if _PLAIN.match(spec.ref) else f"amlmount-{spec.digest[:12]}"
+        options = {f"fsname={name}", "subtype=amlmount", "ro", "nosuid", "nodev", "default_permissions"}
+        if spec.allow_other:
+            options.add("allow_other")
+        return options
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Mount, call `ready` when the tree answers, and serve until unmounted or told to stop.
+
+        Raises AmlmountError where the mount cannot be made; then nothing is left behind.
+        """
+        spec, settings = self._spec, self._settings
+        kernel.check_fuse(allow_other=spec.allow_other)
+        kernel.check_mount_point(spec.path, nonempty=spec.nonempty)
+        keep_malloc_small()
+        budget = settings.memory_budget or default_budget(memory_limit())
+        queue_bytes = min(budget // 8, 64 << 20)
+        with Manifest(Path(spec.manifest)) as manifest:
+            tree = Tree(manifest)
+            stores = self._open_stores(tree.info.sources)
+            self._memory = BlockMemory(budget - queue_bytes, self._counters)
+            self._cache = self._open_cache(stores, queue_bytes)
+            self._fetcher = Fetcher(
+                stores, self._memory, self._cache, self._counters,
+                threads=settings.connections, read_timeout_s=settings.read_timeout,
+            )  # fmt: skip
+            answered = trio.Event()
+            owner = Owner(spec.uid, spec.gid, spec.umask)
+            self._operations = Operations(
+                tree, stores, self._fetcher, self._counters, self._log,
+                owner=owner, on_init=answered.set, null_reads=settings.null_reads,
+            )  # fmt: skip
+            try:
+                await self._serve(answered, ready)
+            finally:
+                self._stop.set()
+                self._fetcher.close()
+                if self._cache is not None:
+                    self._cache.close(flush_s=1.0)
+                channel.remove_record(self._run, spec.path)
+                self._log.info("unmounted", path=spec.path, **self._counters.snapshot())
+
+    def _open_cache(self, stores: Sequence[Retrying], queue_bytes: int) -> BlockCache | None:
+        if not any(store.cacheable for store in stores) or self._settings.cache_size == 0:
+            return None
+        return BlockCache(
+            self._settings.cache_dir, cache_size=self._settings.cache_size, min_free=self._settings.cache_min_free,
+            queue_bytes=queue_bytes, counters=self._counters, log=self._log,
+        )  # fmt: skip
+
+    async def _serve(self, answered: trio.Event, ready: Callable[[], None]) -> None:
+        spec = self._spec
+        try:
+            pyfuse3.init(self._operations, spec.path, self._options())
+        except RuntimeError:
+            raise MountFailed(
+                f"{spec.path}: the kernel or fusermount3 refused the mount", hint="the reason is in the line above"
+            ) from None
+        mounted = kernel.mounted_at(spec.path)
+        self._device = mounted.device if mounted else ""
+        try:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._main, nursery.cancel_scope)
+                    nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
+                    nursery.start_soon(self._fetcher.watch)
+                    with trio.fail_after(30):
+                        await answered.wait()
+                    self._log.info(kernel.set_read_ahead(self._device, self._settings.read_ahead), path=spec.path)
+                    await nursery.start(channel.serve, self._run, spec.path, self._answer)
+                    started_at = psutil.Process().create_time()
+                    channel.write_record(
+                        self._run,
+                        channel.SessionRecord(
+                            ref=spec.ref, path=spec.path, digest=spec.digest, pid=os.getpid(), started_at=started_at
+                        ),
+                    )
+                    self._state = "mounted"
+                    self._log.info("mounted", ref=spec.ref, path=spec.path, digest=spec.digest)
+                    ready()
+        except trio.TooSlowError:
+            raise MountFailed(f"{spec.path}: the kernel did not answer in 30 s") from None
+        finally:
+            self._unmount_now()
+            pyfuse3.close(unmount=False)
+
+    async def _main(self, scope: trio.CancelScope) -> None:
+        await pyfuse3.main()
+        scope.cancel()
+
+    async def _end_on_signal(self, signals: Any, scope: trio.CancelScope) -> None:
+        async for number in signals:
+            self._log.info("stopping", signal=signal.Signals(number).name)
+            self._state = "stopping"
+            self._stop.set()
+            # A store that hangs holds threads, and those cannot be ended: only the process can.
+            threading.Thread(target=_exit_later, name="exit", daemon=True).start()
+            with trio.move_on_after(_UNMOUNT_S):
+                # The unmount asks this file system, so the loop has to go on meanwhile.
+                await trio.to_thread.run_sync(self._unmount_now, abandon_on_cancel=True)
+            scope.cancel()
+            return
+
+    def _unmount_now(self) -> None:
+        path = self._spec.path
+        mounted = kernel.mounted_at(path)
+        if mounted is None or mounted.device != self._device:
+            return
+        try:
+            try:
+                kernel.unmount(path)
+            except MountBusy:
+                self._log.warning("files are open; unmounting lazily", path=path)
+                kernel.unmount(path, lazy=True)
+        except MountPointError as error:
+            self._log.error(error.line(), path=path)
+
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        if question.get("ask") == "status":
+            answer: dict[str, Any] = msgspec.to_builtins(self.status())
+            return answer
+        return {"error": "unknown question"}
+
+    def status(self) -> MountStatus:
+        """Return what this session is and has done."""
+        statistics = self._counters.snapshot()
+        statistics |= {
+            "memory_bytes": self._memory.used,
+            "memory_budget_bytes": self._memory.budget,
+            "open_files": self._operations.open_files,
+            "in_flight": self._fetcher.in_flight(),
+        }
+        if self._cache is not None:
+            statistics |= {"cache_bytes": self._cache.used(), "cache_limit_bytes": self._cache.limit}
+        spec = self._spec
+        return MountStatus(
+            ref=spec.ref, path=spec.path, digest=spec.digest, mode="mount", state=self._state, pid=os.getpid(),
+            started_ns=self._started_ns, files=self._operations.tree.info.files,
+            bytes=self._operations.tree.info.bytes, statistics=statistics,
+        )  # fmt: skip
+
+
+def _exit_later() -> None:
+    time.sleep(STOP_S)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def run(
+    spec: MountSpec,
+    settings: Settings,
+    where: Places,
+    log: structlog.typing.FilteringBoundLogger,
+    ready: Callable[[], None],
+) -> None:
+    """Run one session to its end; raise AmlmountError where it could not be made."""
+    failure: AmlmountError | None = None
+
+    async def main() -> None:
+        nonlocal failure
+        try:
+            await MountSession(spec, settings, where, log).run(ready)
+        except* AmlmountError as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            assert isinstance(error, AmlmountError)
+            failure = error
+
+    trio.run(main)
+    if failure is not None:
+        raise failure
