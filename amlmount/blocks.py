@@ -13,6 +13,7 @@ would miss, never mislead, as the range is part of a block's key.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def block_at(offset: int, size: int) -> ByteRange:
     if offset >= BLOCK_SIZE:
         start = offset - offset % BLOCK_SIZE
         return ByteRange(start, min(start + BLOCK_SIZE, size))
-    for start, stop in zip(_FIRST_EDGES, _FIRST_EDGES[1:], strict=False):
+    for start, stop in itertools.pairwise(_FIRST_EDGES):
         if offset < stop:
             return ByteRange(start, min(stop, size))
     raise AssertionError("unreachable: the edges cover [0, BLOCK_SIZE)")

@@ -100,8 +100,18 @@ class ManifestBuilder:
             parent = path.rpartition(b"/")[0]
             md5 = bytes.fromhex(entry.md5)
             rows.append(
-                (path, path.count(b"/"), parent, path.replace(b"/", b"\0"), int(entry.is_dir))
-                + (entry.size, entry.mtime_ns, entry.tag, md5, entry.source)
+                (
+                    path,
+                    path.count(b"/"),
+                    parent,
+                    path.replace(b"/", b"\x00"),
+                    int(entry.is_dir),
+                    entry.size,
+                    entry.mtime_ns,
+                    entry.tag,
+                    md5,
+                    entry.source,
+                )
             )
         before = self._db.total_changes
         self._db.executemany("INSERT OR IGNORE INTO staging.entry VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
@@ -119,7 +129,8 @@ class ManifestBuilder:
         elif not is_dir and self._object(source, path) != self._object(twin_source, path):
             names = " and ".join(self._object(s, path) for s in (twin_source, source))
             raise FreezeError(
-                f"two files would be {printable(path)}: {names}", hint="freeze them as two datasets, or narrow a path"
+                f"two files would be {printable(path)}: {names}",
+                hint="freeze them as two datasets, or narrow a path",
             )
 
     def _object(self, source: int, path: bytes) -> str:
@@ -131,7 +142,9 @@ class ManifestBuilder:
         db = self._db
         self._find_folders()
         # A name that is a file and a folder is a folder; a folder with something below needs no entry of its own.
-        shadowed = "SELECT path FROM staging.entry WHERE dir = 0 AND path IN (SELECT path FROM staging.folder)"
+        shadowed = (
+            "SELECT path FROM staging.entry WHERE dir = 0 AND path IN (SELECT path FROM staging.folder)"
+        )
         db.execute(f"INSERT INTO rejected SELECT path, 'is also a folder' FROM ({shadowed})")
         db.execute("DELETE FROM staging.entry WHERE path IN (SELECT path FROM staging.folder)")
         digest, files, size = self._digest()
@@ -172,11 +185,20 @@ class ManifestBuilder:
         directories = db.execute("SELECT count(*) FROM node WHERE dir = 1").fetchone()[0]
         rejected = db.execute("SELECT count(*) FROM rejected").fetchone()[0]
         created_ns = time.time_ns()
-        db.executemany("INSERT INTO source VALUES (?, ?)", list(enumerate(map(msgspec.json.encode, self._sources))))
+        db.executemany(
+            "INSERT INTO source VALUES (?, ?)", list(enumerate(map(msgspec.json.encode, self._sources)))
+        )
         db.executemany(
             "INSERT INTO meta VALUES (?, ?)",
-            [("format", FORMAT), ("digest", digest), ("files", files), ("directories", directories), ("bytes", size)]
-            + [("rejected", rejected), ("created_ns", created_ns)],
+            [
+                ("format", FORMAT),
+                ("digest", digest),
+                ("files", files),
+                ("directories", directories),
+                ("bytes", size),
+                ("rejected", rejected),
+                ("created_ns", created_ns),
+            ],
         )
         try:
             db.execute("COMMIT")
@@ -197,7 +219,9 @@ class ManifestBuilder:
     def _find_folders(self) -> None:
         """Note every folder that a path implies, with the newest modification time below it."""
         add = "INSERT OR REPLACE INTO staging.folder VALUES (?, ?)"
-        stack: list[tuple[bytes, int]] = [(b"", 0)]  # open folders, outermost first, each with its newest time
+        stack: list[tuple[bytes, int]] = [
+            (b"", 0)
+        ]  # open folders, outermost first, each with its newest time
 
         def close_until(parent: bytes) -> None:
             while stack[-1][0] and parent != stack[-1][0] and not parent.startswith(stack[-1][0] + b"/"):

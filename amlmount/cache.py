@@ -1,8 +1,8 @@
 """The disk tier: blocks as immutable files named by content identity, shared by every mount of a user.
 
-Layout, below `cache_dir/v1` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`; `tmp/`, files being
-written; `usage`, eight bytes that count the bytes of all blocks, changed under a lock on that file; `sweep.lock`, held
-by the one process that evicts.
+Layout, below `cache_dir/v1` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`; `tmp/`, files
+being written; `usage`, eight bytes that count the bytes of all blocks, changed under a lock on that file;
+`sweep.lock`, held by the one process that evicts.
 
 A block file is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
 a CRC-32C of itself; a file that fails any of them is removed, counted, and fetched again. So nothing is ever synced: a
@@ -120,7 +120,9 @@ class BlockCache:
             self._make_folders()
             status = os.lstat(self._top)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                self._log.warning("no disk cache: others could write to it", folder=str(self._top), do="chmod 700 it")
+                self._log.warning(
+                    "no disk cache: others could write to it", folder=str(self._top), do="chmod 700 it"
+                )
                 return False
             self._uncounted = not (self._top / "usage").exists()
             disk = os.statvfs(self._top)
@@ -128,7 +130,12 @@ class BlockCache:
             self._quota = Quota(limit_of(self._cache_size, total, free, self.used()), self._min_free)
             self._remove_leftovers()
         except OSError as error:
-            self._log.warning("no disk cache", folder=str(self._top), error=str(error), do="set cache_dir to a disk that works")
+            self._log.warning(
+                "no disk cache",
+                folder=str(self._top),
+                error=str(error),
+                do="set cache_dir to a disk that works",
+            )
             return False
         return True
 
@@ -199,7 +206,9 @@ class BlockCache:
         """Leave the disk alone for a while: a read on it does not come back."""
         self._down_until = time.monotonic() + _DOWN_S
         if self._thinned.due("slow") is not None:
-            self._log.warning("the cache disk does not answer; reading past it", folder=str(self._top), for_s=_DOWN_S)
+            self._log.warning(
+                "the cache disk does not answer; reading past it", folder=str(self._top), for_s=_DOWN_S
+            )
 
     def _failed(self, what: str, error: OSError) -> None:
         self._errors += 1
@@ -209,7 +218,9 @@ class BlockCache:
             self._errors = 0
             self._down_until = time.monotonic() + _DOWN_S
         if self._thinned.due((what, error.errno)) is not None:
-            self._log.warning("the cache disk fails; reads go on without it", on=what, error=error.strerror or str(error))
+            self._log.warning(
+                "the cache disk fails; reads go on without it", on=what, error=error.strerror or str(error)
+            )
 
     # Writing
 
@@ -263,7 +274,7 @@ class BlockCache:
         if not self._reserve(space):
             return False
         self._names += 1
-        temporary = f"{self._top}/tmp/{os.getpid()}-{threading.get_native_id()}-{self._names}"
+        temporary = str(self._top / "tmp" / f"{os.getpid()}-{threading.get_native_id()}-{self._names}")
         try:
             fd = self._create(temporary)
             try:

@@ -120,7 +120,9 @@ class Catalog:
         with Manifest(self.manifests / manifest) as opened:
             info = opened.info
         with self._transaction() as db:
-            row = db.execute("SELECT record FROM version WHERE name = ? ORDER BY version DESC LIMIT 1", (name,)).fetchone()
+            row = db.execute(
+                "SELECT record FROM version WHERE name = ? ORDER BY version DESC LIMIT 1", (name,)
+            ).fetchone()
             newest = msgspec.json.decode(row[0], type=DatasetVersion) if row else None
             if newest is not None and newest.manifest == manifest and not force:
                 return newest, False
@@ -136,7 +138,9 @@ class Catalog:
                 tags=dict(tags or {}),
                 paths=paths,
             )
-            db.execute("INSERT INTO version VALUES (?, ?, ?)", (name, record.version, msgspec.json.encode(record)))
+            db.execute(
+                "INSERT INTO version VALUES (?, ?, ?)", (name, record.version, msgspec.json.encode(record))
+            )
         return record, True
 
     def open_manifest(self, record: DatasetVersion) -> Manifest:
@@ -191,11 +195,15 @@ class Catalog:
         """Add or replace a datastore; the secret is written first, so that no row ever leads to none."""
         exists = any(d.name == record.name for d in self.datastores())
         if new and exists:
-            raise UsageError(f"datastore {record.name!r} exists", hint=f"amlmount datastore update {record.name}")
+            raise UsageError(
+                f"datastore {record.name!r} exists", hint=f"amlmount datastore update {record.name}"
+            )
         if secret is not None:
             self.secrets.write(record.name, secret)
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO datastore VALUES (?, ?)", (record.name, msgspec.json.encode(record)))
+            db.execute(
+                "INSERT OR REPLACE INTO datastore VALUES (?, ?)", (record.name, msgspec.json.encode(record))
+            )
 
     def remove_datastore(self, name: str) -> None:
         """Remove a datastore and its secret; raise DatastoreNotFound."""

@@ -15,10 +15,12 @@ import msgspec
 
 from amlmount import __version__, logs
 from amlmount.catalog import Catalog
-from amlmount.cli_catalog import Resolver, add_commands, human_bytes
+from amlmount.cli_catalog import add_commands
+from amlmount.cli_datastore import datastore
 from amlmount.config import SETTINGS, Places, load, places
 from amlmount.dataset import MountSpec
 from amlmount.errors import AmlmountError, UsageError
+from amlmount.resolve import Resolver, human_bytes
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -52,27 +54,33 @@ def setting_options(command: C) -> C:
     """Give a command one flag for each setting."""
     for setting in reversed(SETTINGS):
         flag = f"--{setting.name.replace('_', '-')}"
-        command = click.option(flag, setting.name, metavar="VALUE", help=setting.help, hidden=setting.name == "null_reads")(
-            command
-        )
+        command = click.option(
+            flag, setting.name, metavar="VALUE", help=setting.help, hidden=setting.name == "null_reads"
+        )(command)
     return command
 
 
 @cli.command()
 @click.argument("ref")
 @click.argument("path", type=click.Path())
-@click.option("-f", "--foreground", is_flag=True, help="Stay, and say on standard output when the tree answers.")
+@click.option(
+    "-f", "--foreground", is_flag=True, help="Stay, and say on standard output when the tree answers."
+)
 @click.option("--uid", type=int, help="Owner of the files; the mounting user where not given.")
 @click.option("--gid", type=int, help="Group of the files.")
-@click.option("--umask", default="022", metavar="OCTAL", show_default=True, help="Permission bits taken away.")
+@click.option(
+    "--umask", default="022", metavar="OCTAL", show_default=True, help="Permission bits taken away."
+)
 @click.option("--allow-other", is_flag=True, help="Let other users read, too.")
 @click.option("--nonempty", is_flag=True, help="Mount over a directory that holds files.")
 @click.option("--strict", is_flag=True, help="For a URI: fail where a name cannot be in a file tree.")
-@click.option("--timeout", default=60.0, show_default=True, metavar="S", help="Seconds until the tree must answer.")
+@click.option(
+    "--timeout", default=60.0, show_default=True, metavar="S", help="Seconds until the tree must answer."
+)
 @setting_options
 @click.pass_obj
 def mount(
-    where: Places, ref: str, path: str, foreground: bool, uid: int | None, gid: int | None, umask: str,
+    where: Places, /, ref: str, path: str, foreground: bool, uid: int | None, gid: int | None, umask: str,
     allow_other: bool, nonempty: bool, strict: bool, timeout: float, **flags: str | None,
 ) -> None:  # fmt: skip
     """Mount REF at PATH; returns when the tree answers and leaves the session running."""
@@ -96,7 +104,12 @@ def mount(
     )  # fmt: skip
     size = f"{resolved.files:,} files, {human_bytes(resolved.bytes)}, digest {resolved.digest}"
     if foreground:
-        _serve(spec, where, settings, lambda: click.echo(f"{spec.ref} is ready at {target} ({size}), pid {os.getpid()}"))
+        _serve(
+            spec,
+            where,
+            settings,
+            lambda: click.echo(f"{spec.ref} is ready at {target} ({size}), pid {os.getpid()}"),
+        )
     from amlmount import launch
 
     environ = dict(os.environ)
@@ -168,7 +181,8 @@ def status(where: Places, path: str | None, as_json: bool) -> None:
     found = [
         channel.status_of(where.run, record)
         for record in channel.records(where.run)
-        if (wanted is None or record.path == wanted) and (channel.is_alive(record) or kernel.mounted_at(record.path))
+        if (wanted is None or record.path == wanted)
+        and (channel.is_alive(record) or kernel.mounted_at(record.path))
     ]
     if as_json:
         click.echo(json.dumps({"mounts": msgspec.to_builtins(found)}, indent=2))
@@ -196,7 +210,7 @@ def status(where: Places, path: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 @setting_options
 @click.pass_obj
-def config(where: Places, as_json: bool, **flags: str | None) -> None:
+def config(where: Places, /, as_json: bool, **flags: str | None) -> None:
     """Print every setting's value and where it came from."""
     resolved = load(os.environ, flags)
     rows = {}
@@ -213,6 +227,7 @@ def config(where: Places, as_json: bool, **flags: str | None) -> None:
 
 
 add_commands(cli)
+cli.add_command(datastore)
 
 
 def main() -> NoReturn:

@@ -104,13 +104,19 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("cache_dir", lambda text: Path(text).expanduser().absolute(), "folder of the disk cache"),
-    Setting("cache_size", _auto_or_size, "bytes of disk cache; auto: half the disk; 0: none; -N: leave N bytes free"),
+    Setting(
+        "cache_size",
+        _auto_or_size,
+        "bytes of disk cache; auto: half the disk; 0: none; -N: leave N bytes free",
+    ),
     Setting("cache_min_free", _positive_size, "bytes of the cache disk that stay free"),
     Setting("memory_budget", _budget, "bytes of memory for blocks; auto: a quarter, 128 MiB to 1 GiB"),
     Setting("read_timeout", _seconds, "seconds after which a read that storage cannot answer fails with EIO"),
     Setting("stall_timeout", _seconds, "seconds without a byte after which a request is made again"),
     Setting("connections", _count, "requests to storage under way at once"),
-    Setting("read_ahead", _positive_size, "bytes of kernel read-ahead, where the user has the right to set it"),
+    Setting(
+        "read_ahead", _positive_size, "bytes of kernel read-ahead, where the user has the right to set it"
+    ),
     Setting("log_level", _log_level, "debug, info, warning or error"),
     Setting("null_reads", _flag, "answer reads with zeros: measures the FUSE ceiling"),
 )
@@ -138,7 +144,9 @@ def places(environ: Mapping[str, str]) -> Places:
     def xdg(variable: str, default: str) -> Path:
         # The specification has relative values ignored.
         value = environ.get(variable, "")
-        return (Path(value) if value.startswith("/") else Path(environ.get("HOME", "/root")) / default) / "amlmount"
+        return (
+            Path(value) if value.startswith("/") else Path(environ.get("HOME", "/root")) / default
+        ) / "amlmount"
 
     state = xdg("XDG_DATA_HOME", ".local/share")
     runtime = environ.get("XDG_RUNTIME_DIR", "")
@@ -164,7 +172,7 @@ def load(environ: Mapping[str, str], flags: Mapping[str, str | None] | None = No
     where = places(environ)
     known = {setting.name for setting in SETTINGS}
     values: dict[str, Any] = {"cache_dir": where.cache}
-    origins = {name: "default" for name in known}
+    origins = dict.fromkeys(known, "default")
     given: list[tuple[str, str, str]] = []
     for name, value in _read_file(where.config_file).items():
         given.append((name, value, str(where.config_file)))
@@ -177,11 +185,15 @@ def load(environ: Mapping[str, str], flags: Mapping[str, str | None] | None = No
     parsers = {setting.name: setting.parse for setting in SETTINGS}
     for name, value, origin in given:
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r} in {origin}", hint=f"known: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"unknown setting {name!r} in {origin}", hint=f"known: {', '.join(sorted(known))}"
+            )
         try:
             values[name] = parsers[name](value)
         except ValueError as error:
-            raise ConfigError(f"{origin}: {value!r} is no value for {name}", hint=f"it takes {error}") from error
+            raise ConfigError(
+                f"{origin}: {value!r} is no value for {name}", hint=f"it takes {error}"
+            ) from error
         origins[name] = origin
     return Resolved(Settings(**values), origins)
 
@@ -193,7 +205,9 @@ def _read_file(path: Path) -> dict[str, str]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in table.items()}
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in table.items()
+    }
 
 
 def private_folder(path: Path) -> Path:
@@ -202,5 +216,7 @@ def private_folder(path: Path) -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.stat(path)
     except OSError as error:
-        raise ConfigError(f"cannot make {path}: {error.strerror}", hint="set AMLMOUNT_HOME to a folder of yours") from error
+        raise ConfigError(
+            f"cannot make {path}: {error.strerror}", hint="set AMLMOUNT_HOME to a folder of yours"
+        ) from error
     return path

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from amlmount.dataset import CredentialKind, Datastore, StoreKind
 from amlmount.errors import DatastoreNotFound, SecretError
 
-TOKEN_SCOPE = "https://storage.azure.com/.default"
+TOKEN_SCOPE = "https://storage.azure.com/.default"  # noqa: S105  # an audience, not a secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,15 @@ class SecretFolder:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise SecretError(
-                f"no secret for datastore {name}: {path}: {error.strerror}", hint=f"amlmount datastore update {name}"
+                f"no secret for datastore {name}: {path}: {error.strerror}",
+                hint=f"amlmount datastore update {name}",
             ) from error
         with os.fdopen(fd) as file:
             status = os.fstat(fd)
             if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid not in (os.geteuid(), 0):
-                raise SecretError(f"{path} can be read by others", hint=f"chmod 600 {path}, and replace the secret")
+                raise SecretError(
+                    f"{path} can be read by others", hint=f"chmod 600 {path}, and replace the secret"
+                )
             return file.read()
 
     def remove(self, name: str) -> None:
@@ -88,7 +91,9 @@ def check_secret(kind: CredentialKind, secret: str) -> str:
         try:
             base64.b64decode(secret, validate=True)
         except binascii.Error as error:
-            raise SecretError("this is no account key", hint="an account key is base64, about 88 characters") from error
+            raise SecretError(
+                "this is no account key", hint="an account key is base64, about 88 characters"
+            ) from error
     elif kind == "sas":
         secret = secret.removeprefix("?")
         if "sig=" not in secret:
@@ -106,7 +111,11 @@ def account_of(url: str) -> str:
 
 
 def resolve(
-    url: str, datastore: str, datastores: Sequence[Datastore], secrets: SecretFolder, environ: Mapping[str, str]
+    url: str,
+    datastore: str,
+    datastores: Sequence[Datastore],
+    secrets: SecretFolder,
+    environ: Mapping[str, str],
 ) -> Access:
     """Return how to open a container.
 

@@ -1,7 +1,7 @@
 """The records that everything else speaks in: references, datastores, sources, entries; no I/O.
 
-Records that are stored or sent (`Datastore`, `Source`, `DatasetVersion`, `MountSpec`) are msgspec structs: their JSON is
-their wire form. None of them ever holds a secret.
+Records that are stored or sent (`Datastore`, `Source`, `DatasetVersion`, `MountSpec`) are msgspec structs: their
+JSON is their wire form. None of them ever holds a secret.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def check_name(name: str, what: str) -> str:
     """Return `name` if it can name a dataset or a datastore, else raise UsageError; `what` says which."""
     if not _NAME.match(name):
         raise UsageError(
-            f"{name!r} is no {what} name", hint="letters, digits, '_', '-' and '.', beginning with a letter or digit"
+            f"{name!r} is no {what} name",
+            hint="letters, digits, '_', '-' and '.', beginning with a letter or digit",
         )
     return name
 
@@ -46,7 +47,9 @@ class DatasetRef(NamedTuple):
         name, at, label = body.partition("@")
         if at:
             if label != LATEST:
-                raise UsageError(f"unknown label {label!r} in {text!r}", hint=f"the label there is: @{LATEST}")
+                raise UsageError(
+                    f"unknown label {label!r} in {text!r}", hint=f"the label there is: @{LATEST}"
+                )
             return cls(check_name(name, "dataset"), None)
         name, colon, version = body.partition(":")
         check_name(name, "dataset")

@@ -56,7 +56,20 @@ class PinnedFile(NamedTuple):
 class Flight:
     """A block on its way."""
 
-    __slots__ = ("ahead", "data", "done", "error", "file", "from_disk", "key", "leased", "phase_since", "skip_disk", "try_no", "within")
+    __slots__ = (
+        "ahead",
+        "data",
+        "done",
+        "error",
+        "file",
+        "from_disk",
+        "key",
+        "leased",
+        "phase_since",
+        "skip_disk",
+        "try_no",
+        "within",
+    )
 
     def __init__(self, file: PinnedFile, key: BlockKey, within: BlockKey | None, *, ahead: bool) -> None:
         self.file = file
@@ -156,7 +169,9 @@ class Fetcher:
             return None
         if not self._memory.lease(wanted.length, may_evict_unread=True):
             return None
-        flight = Flight(file, key, None if within is None or within == wanted else file.key(within), ahead=False)
+        flight = Flight(
+            file, key, None if within is None or within == wanted else file.key(within), ahead=False
+        )
         self._take_off(flight, wanted.length)
         return flight
 
@@ -180,7 +195,9 @@ class Fetcher:
                 flight = self.start(file, wanted, within)
                 if flight is None:
                     if key not in self._memory:
-                        await self._room.wait()  # replaced at every release, so it is looked up anew each time
+                        await (
+                            self._room.wait()
+                        )  # replaced at every release, so it is looked up anew each time
                     continue
                 await flight.done.wait()
                 if flight.error is not None:
@@ -298,7 +315,7 @@ class Fetcher:
             flight, try_no, as_prefetch = taken
             try:
                 landed = self._load(flight, try_no)
-            except Exception as error:  # whatever it is, the read that waits must hear of it
+            except Exception as error:  # noqa: BLE001  # whatever it is, the read that waits must hear of it
                 landed = (flight, try_no, None, flight.key, False, error)
             if as_prefetch:
                 with self._work:

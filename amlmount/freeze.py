@@ -52,7 +52,9 @@ class Frozen(NamedTuple):
 
 def plan(location: Location, store: ObjectStore) -> Plan:
     """Decide what a location is (file, folder or pattern); raise FreezeError where there is nothing."""
-    source = Source(kind=location.kind, url=location.url, base="", uri=location.uri, datastore=location.datastore)
+    source = Source(
+        kind=location.kind, url=location.url, base="", uri=location.uri, datastore=location.datastore
+    )
     local = location.kind == "local"
     literal = local and store.head(location.path) is not None
     if location.is_pattern and not literal:
@@ -105,7 +107,9 @@ def freeze(
     """
     plans: list[tuple[Plan, ObjectStore]] = []
     for location in locations:
-        store = open_store(Source(kind=location.kind, url=location.url, base="", datastore=location.datastore))
+        store = open_store(
+            Source(kind=location.kind, url=location.url, base="", datastore=location.datastore)
+        )
         plans.append((plan(location, store), store))
     fd, name = tempfile.mkstemp(prefix=".freezing-", suffix=".sqlite", dir=folder)
     os.close(fd)
@@ -120,7 +124,9 @@ def freeze(
                 seen += count
                 progress(seen)
             if not found and not (what.source.kind == "local" and what.match is None):
-                raise FreezeError(f"{what.source.uri}: nothing there", hint="check the path; names are case-sensitive")
+                raise FreezeError(
+                    f"{what.source.uri}: nothing there", hint="check the path; names are case-sensitive"
+                )
         info = builder.finish()
     with Manifest(path) as manifest:
         rejected = manifest.rejected(20)
@@ -184,7 +190,11 @@ def compare(old: Manifest, new: Manifest) -> Drift:
 
 
 def freeze_again(
-    old: Manifest, locate: Callable[[Source], Location], open_store: OpenStore, folder: Path, progress: Progress
+    old: Manifest,
+    locate: Callable[[Source], Location],
+    open_store: OpenStore,
+    folder: Path,
+    progress: Progress,
 ) -> Frozen | None:
     """Freeze what a manifest's sources hold now; None where nothing at all is left there."""
     try:

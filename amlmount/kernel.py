@@ -69,7 +69,9 @@ def check_mount_point(path: str, *, nonempty: bool) -> None:
         if mounted is None:
             break
         if mounted.fstype != FSTYPE or not _is_dead(path):
-            raise MountPointInUse(f"{path}: {mounted.fstype} is mounted there", hint=f"amlmount umount {path}")
+            raise MountPointInUse(
+                f"{path}: {mounted.fstype} is mounted there", hint=f"amlmount umount {path}"
+            )
         unmount(path, lazy=True)
     try:
         status = os.stat(path)
@@ -89,7 +91,13 @@ def _is_dead(path: str) -> bool:
     A mount that lives may hang, so the question is asked by a process that can be left behind.
     """
     try:
-        done = subprocess.run(["stat", "--", path], capture_output=True, timeout=2, env={"LC_ALL": "C", "PATH": _path()})
+        done = subprocess.run(
+            ["stat", "--", path],
+            check=False,
+            capture_output=True,
+            timeout=2,
+            env={"LC_ALL": "C", "PATH": _path()},
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode != 0 and os.strerror(errno.ENOTCONN).encode() in done.stderr
@@ -104,16 +112,20 @@ def check_fuse(*, allow_other: bool) -> None:
     """Raise FuseUnavailable, with what to do, where this user cannot mount."""
     if not os.path.exists("/dev/fuse"):
         raise FuseUnavailable(
-            "there is no /dev/fuse here", hint="load the fuse module, or start the container with --device /dev/fuse"
+            "there is no /dev/fuse here",
+            hint="load the fuse module, or start the container with --device /dev/fuse",
         )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise FuseUnavailable("no right to open /dev/fuse", hint="its mode is usually 0666: chmod 666 /dev/fuse")
+        raise FuseUnavailable(
+            "no right to open /dev/fuse", hint="its mode is usually 0666: chmod 666 /dev/fuse"
+        )
     if os.geteuid() != 0:
         if shutil.which("fusermount3", path=_path()) is None:
             raise FuseUnavailable("fusermount3 is not installed", hint="apt install fuse3")
         if allow_other and not _user_allow_other():
             raise FuseUnavailable(
-                "only root may use --allow-other here", hint="put the line user_allow_other into /etc/fuse.conf"
+                "only root may use --allow-other here",
+                hint="put the line user_allow_other into /etc/fuse.conf",
             )
 
 
@@ -133,7 +145,7 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
     env = {"PATH": _path(), "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_TOOL_TIMEOUT_S, env=env)
+        done = subprocess.run(command, check=False, capture_output=True, timeout=_TOOL_TIMEOUT_S, env=env)
     except FileNotFoundError:
         raise FuseUnavailable(f"{command[0]} is not installed", hint="apt install fuse3") from None
     except subprocess.TimeoutExpired:

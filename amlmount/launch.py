@@ -69,7 +69,8 @@ def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout
             cwd="/",
             start_new_session=True,
         )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write(msgspec.json.encode(spec))
         process.stdin.close()
@@ -81,7 +82,9 @@ def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout
         _end(process, spec.path)
         said = log_path.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
         why = said[-1] if said else type(error).__name__
-        raise MountFailed(f"{spec.path}: the session did not become ready: {why}", hint=f"see {log_path}") from None
+        raise MountFailed(
+            f"{spec.path}: the session did not become ready: {why}", hint=f"see {log_path}"
+        ) from None
     except BaseException:
         _end(process, spec.path)
         raise
@@ -152,7 +155,9 @@ def stop(where: Places, path: str, *, lazy: bool, force: bool) -> dict[str, Any]
             psutil.Process(record.pid).wait(_TERMINATE_S)
         except psutil.TimeoutExpired:
             if not force:
-                raise MountBusy(f"{path} is unmounted, but its session {record.pid} goes on", hint="--force") from None
+                raise MountBusy(
+                    f"{path} is unmounted, but its session {record.pid} goes on", hint="--force"
+                ) from None
             psutil.Process(record.pid).kill()
         except psutil.NoSuchProcess:
             pass

@@ -17,7 +17,9 @@ import structlog
 
 _SECRETS = (
     re.compile(r"(?i)((?:[?&;]|^)(?:sig|sv|se|sp|st|spr|sr|skoid|sktid)=)[^&\s'\";]+"),
-    re.compile(r"(?i)((?:account_?key|sharedaccesssignature|secret|password|token)\"?\s*[=:]\s*\"?)[^\s,;'\"&]+"),
+    re.compile(
+        r"(?i)((?:account_?key|sharedaccesssignature|secret|password|token)\"?\s*[=:]\s*\"?)[^\s,;'\"&]+"
+    ),
     re.compile(r"(?i)((?:bearer|sharedkey)\s+)[^\s,;'\"]+"),
 )
 
@@ -52,7 +54,9 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
         cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module; their warnings matter, their requests do not.
-    logging.basicConfig(level=logging.WARNING, stream=stream, format="%(asctime)s [%(levelname)s] %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, stream=stream, format="%(asctime)s [%(levelname)s] %(name)s %(message)s"
+    )
 
 
 def get() -> structlog.typing.FilteringBoundLogger:

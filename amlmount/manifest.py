@@ -65,7 +65,8 @@ class Node(NamedTuple):
     source: int
     first: int
     """Inode of a directory's first child; the others follow without a gap."""
-    count: int
+    children: int
+    """Number of children."""
     subdirs: int
 
 
@@ -87,7 +88,8 @@ class DigestBuilder:
         """Take in the next entry."""
         kind = b"d" if is_dir else b"f"
         self._hash.update(
-            b"%b\0%b\0%d\0%d\0%b\0%b\0" % (path, kind, size, mtime_ns, tag.encode("utf-8"), md5.encode("ascii"))
+            b"%b\0%b\0%d\0%d\0%b\0%b\0"
+            % (path, kind, size, mtime_ns, tag.encode("utf-8"), md5.encode("ascii"))
         )
 
     def hexdigest(self) -> str:
@@ -115,7 +117,9 @@ class Manifest:
             self._db.execute(f"PRAGMA mmap_size = {_MMAP_BYTES}")
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
             if meta.get("format") != FORMAT:
-                raise ManifestError(f"{path} has manifest format {meta.get('format')}; this amlmount reads {FORMAT}")
+                raise ManifestError(
+                    f"{path} has manifest format {meta.get('format')}; this amlmount reads {FORMAT}"
+                )
             sources = self._db.execute("SELECT json FROM source ORDER BY id")
             self.info = ManifestInfo(
                 digest=meta["digest"],
@@ -157,10 +161,10 @@ class Manifest:
         return None if row is None else _node(row)
 
     def children(self, directory: Node, start: int = 0, limit: int = -1) -> list[Node]:
-        """Return up to `limit` children of a directory in name order, from its child number `start` (0 is the first)."""
-        if directory.count <= start:
+        """Return up to `limit` children of a directory in name order, from child number `start` (from 0) on."""
+        if directory.children <= start:
             return []
-        stop = directory.first + directory.count
+        stop = directory.first + directory.children
         rows = self._db.execute(
             f"SELECT {_COLUMNS} FROM node WHERE ino >= ? AND ino < ? ORDER BY ino LIMIT ?",
             (directory.first + start, stop, limit),
@@ -189,15 +193,19 @@ class Manifest:
             node = next(nodes, None)
             if node is None:
                 stack.pop()
-            elif node.is_dir and node.count:
+            elif node.is_dir and node.children:
                 stack.append((prefix + node.name + b"/", iter(self._in_path_order(node))))
             else:
                 path = prefix + node.name
-                yield ManifestEntry(path, node.size, node.mtime_ns, node.tag, node.md5, node.source, node.is_dir)
+                yield ManifestEntry(
+                    path, node.size, node.mtime_ns, node.tag, node.md5, node.source, node.is_dir
+                )
 
     def _in_path_order(self, directory: Node) -> list[Node]:
         # A path below "a" begins with "a/", and "a-b" sorts before that: so a folder's key is its name with the slash.
-        return sorted(self.children(directory), key=lambda n: n.name + b"/" if n.is_dir and n.count else n.name)
+        return sorted(
+            self.children(directory), key=lambda n: n.name + b"/" if n.is_dir and n.children else n.name
+        )
 
     def rejected(self, limit: int = -1) -> list[tuple[bytes, str]]:
         """Return up to `limit` names that could not be in the tree, each with the reason."""
@@ -220,7 +228,9 @@ class Manifest:
         except sqlite3.DatabaseError as error:
             raise ManifestError(f"{self.path} is damaged: {error}") from error
         if (digest, files, size) != (self.info.digest, self.info.files, self.info.bytes):
-            raise ManifestError(f"{self.path} is damaged: its content has digest {digest}, it says {self.info.digest}")
+            raise ManifestError(
+                f"{self.path} is damaged: its content has digest {digest}, it says {self.info.digest}"
+            )
         if numbered != total[0] - 1 or total[1] >= max(1, len(self.info.sources)):
             raise ManifestError(f"{self.path} is damaged: its inodes are not numbered as they should be")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-GAUGES = frozenset({"memory_bytes", "memory_budget_bytes", "cache_bytes", "cache_limit_bytes", "open_files", "in_flight"})
+GAUGES = frozenset(
+    {"memory_bytes", "memory_budget_bytes", "cache_bytes", "cache_limit_bytes", "open_files", "in_flight"}
+)
 
 
 @dataclass(slots=True)
@@ -53,5 +55,7 @@ class Counters:
     def snapshot(self) -> dict[str, float]:
         """Return all counters by name, and `fetched_per_asked`: bytes fetched per byte asked."""
         values: dict[str, float] = asdict(self)
-        values["fetched_per_asked"] = round(self.bytes_fetched / self.bytes_asked, 3) if self.bytes_asked else 0.0
+        values["fetched_per_asked"] = (
+            round(self.bytes_fetched / self.bytes_asked, 3) if self.bytes_asked else 0.0
+        )
         return values

@@ -115,7 +115,9 @@ class Operations(pyfuse3.Operations):
         passed_over = self._thinned.due((ino, type(error)))
         if passed_over is not None:
             name = errno.errorcode.get(error.errno, str(error.errno))
-            more = {"since_last_line": passed_over} if passed_over else {}
+            more: dict[str, Any] = {"since_last_line": passed_over} if passed_over else {}
+            if type(error) is AmlmountError:  # not one that anybody foresaw
+                more["exc_info"] = error.__cause__ or error
             self.log.error(redact(str(error)), errno=name, do=error.hint, **more)
 
     def _node(self, ino: int) -> Node:
@@ -177,17 +179,21 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List children from number `start_id` on, until the reply is full."""
         directory = self._node(fh)
-        while start_id < directory.count:
+        while start_id < directory.children:
             for node in self.tree.children(directory, start_id, _LISTED_AT_ONCE):
                 start_id += 1
-                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(node.name), self._attributes(node), start_id):
+                if not pyfuse3.readdir_reply(
+                    token, pyfuse3.FileNameT(node.name), self._attributes(node), start_id
+                ):
                     return
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         """Do nothing: the handle holds nothing."""
 
     @guarded
-    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
         """Open a file for reading; the kernel keeps its pages from one open to the next."""
         if flags & _WRITING:
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -213,10 +219,11 @@ class Operations(pyfuse3.Operations):
         if self._zeros is not None:
             return self._zeros[: max(0, min(size, self._node(fh).size - off))]  # type: ignore[return-value]
         opened = self._open.get(fh)
-        reader = self._reader(fh) if opened is None else opened[0]
+        reader: FileReader | None = self._reader(fh) if opened is None else opened[0]
+        assert reader is not None, "only a session that answers with zeros has none"
         data = await reader.read(off, size)
         counters.bytes_asked += len(data)
-        return data  # type: ignore[no-any-return]  # any contiguous buffer will do
+        return data  # type: ignore[return-value]  # any contiguous buffer will do, without a copy
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """Forget the reader with its last handle."""
@@ -250,7 +257,9 @@ class Operations(pyfuse3.Operations):
         raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
     @guarded
-    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
         """Return the names that `getxattr` knows for an inode."""
         return [pyfuse3.XAttrNameT(name) for name in self._attributes_of(self._node(inode))]
 

@@ -64,7 +64,9 @@ class MountSession:
     def _open_stores(self, sources: Sequence[Source]) -> list[Retrying]:
         return [
             Retrying(
-                open_store(self._catalog.access(source, os.environ), stall_timeout_s=self._settings.stall_timeout),
+                open_store(
+                    self._catalog.access(source, os.environ), stall_timeout_s=self._settings.stall_timeout
+                ),
                 patience_s=self._settings.read_timeout,
                 counters=self._counters,
                 stop=self._stop,
@@ -130,7 +132,8 @@ class MountSession:
             pyfuse3.init(self._operations, spec.path, self._options())
         except RuntimeError:
             raise MountFailed(
-                f"{spec.path}: the kernel or fusermount3 refused the mount", hint="the reason is in the line above"
+                f"{spec.path}: the kernel or fusermount3 refused the mount",
+                hint="the reason is in the line above",
             ) from None
         mounted = kernel.mounted_at(spec.path)
         self._device = mounted.device if mounted else ""
@@ -142,13 +145,19 @@ class MountSession:
                     nursery.start_soon(self._fetcher.watch)
                     with trio.fail_after(30):
                         await answered.wait()
-                    self._log.info(kernel.set_read_ahead(self._device, self._settings.read_ahead), path=spec.path)
+                    self._log.info(
+                        kernel.set_read_ahead(self._device, self._settings.read_ahead), path=spec.path
+                    )
                     await nursery.start(channel.serve, self._run, spec.path, self._answer)
                     started_at = psutil.Process().create_time()
                     channel.write_record(
                         self._run,
                         channel.SessionRecord(
-                            ref=spec.ref, path=spec.path, digest=spec.digest, pid=os.getpid(), started_at=started_at
+                            ref=spec.ref,
+                            path=spec.path,
+                            digest=spec.digest,
+                            pid=os.getpid(),
+                            started_at=started_at,
                         ),
                     )
                     self._state = "mounted"

@@ -61,7 +61,7 @@ def parse(uri: str, *, cwd: str, datastores: Sequence[Datastore] = ()) -> Locati
     if _SECRET.search(uri):
         raise UriError(
             f"the URI carries a SAS: {uri.partition('?')[0]}?...",
-            hint="arguments are visible to every user; give the SAS on stdin: amlmount datastore add NAME --credential sas",
+            hint="arguments are visible to all users; amlmount datastore add NAME --credential sas reads it from stdin",
         )
     match = _SCHEME.match(uri)
     if match is None or (not match[2] and "/" in uri.partition(":")[0]):
@@ -106,7 +106,9 @@ def _http(uri: str, scheme: str, rest: str, datastores: Sequence[Datastore]) -> 
             return Location("blob", store.url(), unquote(bare[len(store.url()) + 1 :]), uri, store.name)
     host, _, path = rest.partition("/")
     if not host or "@" in host:
-        raise UriError(f"no host in {uri!r}" if not host else f"{uri!r} names a user", hint=f"known forms: {FORMS}")
+        raise UriError(
+            f"no host in {uri!r}" if not host else f"{uri!r} names a user", hint=f"known forms: {FORMS}"
+        )
     account = ""
     if _IP_OR_LOCAL.match(host):
         account, _, path = path.partition("/")
@@ -117,7 +119,9 @@ def _http(uri: str, scheme: str, rest: str, datastores: Sequence[Datastore]) -> 
         )
     container, _, path = path.partition("/")
     if not container or (not account and _IP_OR_LOCAL.match(host)):
-        raise UriError(f"no container in {uri!r}", hint="https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX")
+        raise UriError(
+            f"no container in {uri!r}", hint="https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX"
+        )
     url = f"{scheme}://{host}/{account}/{container}" if account else f"{scheme}://{host.lower()}/{container}"
     return Location("blob", url, unquote(path), uri, _covering(url, path, datastores))
 
@@ -126,7 +130,9 @@ def _wasb(uri: str, scheme: str, rest: str, datastores: Sequence[Datastore]) -> 
     authority, _, path = rest.partition("/")
     container, at, host = authority.partition("@")
     if not at or not container or not host:
-        raise UriError(f"no CONTAINER@ACCOUNT in {uri!r}", hint="wasbs://CONTAINER@ACCOUNT.blob.core.windows.net/PREFIX")
+        raise UriError(
+            f"no CONTAINER@ACCOUNT in {uri!r}", hint="wasbs://CONTAINER@ACCOUNT.blob.core.windows.net/PREFIX"
+        )
     if "." not in host:
         host += ".blob.core.windows.net"
     url = f"{'https' if scheme == 'wasbs' else 'http'}://{host.lower()}/{container}"
@@ -136,7 +142,9 @@ def _wasb(uri: str, scheme: str, rest: str, datastores: Sequence[Datastore]) -> 
 def _azureml(uri: str, rest: str, datastores: Sequence[Datastore]) -> Location:
     match = re.match(r"datastores/([^/]+)(?:/paths(?:/(.*))?)?\Z", rest, re.DOTALL)
     if match is None:
-        raise UriError(f"{uri!r} is no form that amlmount knows", hint="azureml://datastores/NAME/paths/PREFIX")
+        raise UriError(
+            f"{uri!r} is no form that amlmount knows", hint="azureml://datastores/NAME/paths/PREFIX"
+        )
     for store in datastores:
         if store.name == match[1]:
             return Location("blob", store.url(), match[2] or "", uri, store.name)

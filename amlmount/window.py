@@ -19,7 +19,7 @@ STREAMS = 32
 """Readers of one file that are told apart; the one that read longest ago is forgotten first."""
 
 JUMP = 1 * MIB
-"""Bytes that a read may be ahead of or behind its stream: the kernel's read-ahead (1 MiB) sends requests out of order."""
+"""Bytes that a read may be ahead of or behind its stream: kernel read-ahead (1 MiB) sends requests out of order."""
 
 EXACT_UNTIL = 2 * MIB
 """Bytes that a stream from the middle of a file must have read before whole blocks are fetched for it. A random read

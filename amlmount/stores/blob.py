@@ -21,6 +21,7 @@ from amlmount.errors import ObjectChanged, ObjectMissing, StoreError, TransientS
 from amlmount.stores.blob_rest import BlobRest, ListPage
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import AzureBearerToken
 
 _REQUEST_TIMEOUT_S = 120
@@ -56,9 +57,17 @@ class BlobStore:
         }
         provider = None
         if self._access.credential == "key":
-            config |= {"account_key": self._access.secret, "credential_type": "access_key", "skip_signature": False}
+            config |= {
+                "account_key": self._access.secret,
+                "credential_type": "access_key",
+                "skip_signature": False,
+            }
         elif self._access.credential == "sas":
-            config |= {"sas_key": self._access.secret, "credential_type": "sas_token", "skip_signature": False}
+            config |= {
+                "sas_key": self._access.secret,
+                "credential_type": "sas_token",
+                "skip_signature": False,
+            }
         elif self._access.credential == "default" and self._rest.token() is not None:
             provider = self._bearer
         else:
@@ -78,14 +87,19 @@ class BlobStore:
                 credential_provider=provider,
             )
         except (BaseError, ValueError) as error:
-            raise StoreError(f"cannot open {self._access.url}", hint="check the endpoint and the account") from error
+            raise StoreError(
+                f"cannot open {self._access.url}", hint="check the endpoint and the account"
+            ) from error
 
     def _bearer(self) -> AzureBearerToken:
         token = self._rest.token()
         if token is None:
             return {"token": "", "expires_at": datetime.now(UTC)}
         # A token with under five minutes left is asked for anew by azure-identity at every call: let obstore ask then.
-        return {"token": token.token, "expires_at": datetime.fromtimestamp(token.expires_on, UTC) - timedelta(minutes=5)}
+        return {
+            "token": token.token,
+            "expires_at": datetime.fromtimestamp(token.expires_on, UTC) - timedelta(minutes=5),
+        }
 
     def list_page(self, prefix: str, marker: str) -> ListPage:
         """Return one page of the blobs whose names begin with `prefix`."""
@@ -100,11 +114,10 @@ class BlobStore:
         if attempt > 0:
             return self._read_again(obj, start, stop)
         try:
-            result = obstore.get(
-                self._open(),
-                obj.path,
-                options={"range": (start, stop), "if_match": f'"{obj.tag}"', "version": obj.version or None},
-            )
+            options: GetOptions = {"range": (start, stop), "if_match": f'"{obj.tag}"'}
+            if obj.version:
+                options["version"] = obj.version
+            result = obstore.get(self._open(), obj.path, options=options)
             meta = result.meta
             data = result.bytes()
         except ValueError:  # a name that obstore cannot express
@@ -115,7 +128,9 @@ class BlobStore:
             raise ObjectMissing(f"{printable(obj.path)}: no such blob in {self.identity}") from None
         except BaseError as error:
             # Which failure it was shows in the next attempt's status; this one's text is not for classifying.
-            raise TransientStoreError(f"{printable(obj.path)}: {str(error).partition(chr(10))[0]}", hint="") from None
+            raise TransientStoreError(
+                f"{printable(obj.path)}: {str(error).partition(chr(10))[0]}", hint=""
+            ) from None
         if len(data) != stop - start or meta["size"] != obj.size:
             what = f"{printable(obj.path)}: {len(data)} bytes of {stop - start}, size {meta['size']} of {obj.size}"
             raise TransientStoreError(what, hint="")
@@ -135,8 +150,12 @@ class BlobStore:
         if now is None:
             return ObjectMissing(f"{printable(obj.path)}: no such blob in {self.identity}")
         if now.tag == obj.tag:
-            return TransientStoreError(f"{printable(obj.path)}: If-Match failed for the tag that the blob has", hint="")
-        return ObjectChanged(f"{printable(obj.path)} was overwritten since it was frozen (its ETag is {now.tag} now)")
+            return TransientStoreError(
+                f"{printable(obj.path)}: If-Match failed for the tag that the blob has", hint=""
+            )
+        return ObjectChanged(
+            f"{printable(obj.path)} was overwritten since it was frozen (its ETag is {now.tag} now)"
+        )
 
     def close(self) -> None:
         """Close the connections."""

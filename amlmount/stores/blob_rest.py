@@ -13,6 +13,7 @@ codes". List Blobs answers at most 5,000 names a page; a name with U+FFFE or U+F
 
 from __future__ import annotations
 
+import calendar
 import re
 import threading
 from base64 import b64decode
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 API_VERSION = "2023-11-03"
 PAGE_ENTRIES = 5000
 _SAS_HOURS = 12
-_MONTHS = {m: i + 1 for i, m in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())}
+_MONTHS = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _NEXT_MARKER = re.compile(rb"<NextMarker>([^<]+)</NextMarker>\s*</EnumerationResults>\s*\Z")
 _NOT_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#(?:x[01]?[0-9a-fA-F]|[0-2]?[0-9]|3[01]);")
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -53,7 +54,13 @@ def http_time_ns(text: str) -> int:
     if not text:
         return 0
     moment = datetime(
-        int(text[12:16]), _MONTHS[text[8:11]], int(text[5:7]), int(text[17:19]), int(text[20:22]), int(text[23:25]), tzinfo=UTC
+        int(text[12:16]),
+        _MONTHS[text[8:11]],
+        int(text[5:7]),
+        int(text[17:19]),
+        int(text[20:22]),
+        int(text[23:25]),
+        tzinfo=UTC,
     )
     return int(moment.timestamp()) * 1_000_000_000
 
@@ -158,7 +165,10 @@ class BlobRest:
         headers = response.headers
         response.release_conn()
         md5 = headers.get("Content-MD5")
-        folder = headers.get("x-ms-meta-hdi_isfolder") == "true" or headers.get("x-ms-resource-type") == "directory"
+        folder = (
+            headers.get("x-ms-meta-hdi_isfolder") == "true"
+            or headers.get("x-ms-resource-type") == "directory"
+        )
         return ListedObject(
             path,
             int(headers.get("Content-Length") or 0),
@@ -195,7 +205,9 @@ class BlobRest:
         """Close the connections."""
         self._http.clear()
 
-    def _request(self, method: str, path: str, query: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    def _request(
+        self, method: str, path: str, query: str, headers: dict[str, str]
+    ) -> urllib3.BaseHTTPResponse:
         url = f"{self._url}/{quote(path, safe='/~')}" if path else self._url
         token, sas = self._authorization()
         if token:
@@ -203,7 +215,10 @@ class BlobRest:
         query = "&".join(part for part in (query, sas) if part)
         try:
             response = self._http.request(
-                method, f"{url}?{query}" if query else url, headers={**self._http.headers, **headers}, preload_content=False
+                method,
+                f"{url}?{query}" if query else url,
+                headers={**self._http.headers, **headers},
+                preload_content=False,
             )
         except urllib3.exceptions.HTTPError as error:
             raise TransientStoreError(f"{_host(url)}: {_reason(error)}") from error
@@ -222,7 +237,9 @@ class BlobRest:
         what = printable(path) or self._url
         said = f"{status} {code}".strip() + (f", request {request_id}" if request_id else "")
         if status in (401, 403):
-            return AccessDenied(f"{what}: access denied with {self._access.what or 'this credential'} ({said})")
+            return AccessDenied(
+                f"{what}: access denied with {self._access.what or 'this credential'} ({said})"
+            )
         if status == 404:
             missing = "no such container" if code == "ContainerNotFound" or not path else "no such blob"
             return ObjectMissing(f"{what}: {missing} ({said})")
@@ -234,7 +251,9 @@ class BlobRest:
             kind = Throttled if status in (429, 503) else TransientStoreError
             return kind(f"{what}: the store answered {said}", hint="", retry_after_s=retry_after_s)
         if 300 <= status < 400:
-            return StoreError(f"{_host(url)} sends {method} elsewhere ({said})", hint="check the endpoint's address")
+            return StoreError(
+                f"{_host(url)} sends {method} elsewhere ({said})", hint="check the endpoint's address"
+            )
         hint = "bring the blob back from the archive tier" if code == "BlobArchived" else ""
         return StoreError(f"{what}: the store answered {said}", hint=hint)
 
