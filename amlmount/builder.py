@@ -6,6 +6,7 @@ both a file and a folder is a folder; the file is reported as rejected. Nothing 
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -33,8 +34,14 @@ CREATE TABLE staging.numbered (
 """
 
 
+# Finds what makes a path worth a closer look: an empty, '.' or '..' segment, a NUL, 256 bytes without a slash.
+_ODD = re.compile(rb"(?:^|/)\.{0,2}(?:/|\Z)|\0|[^/]{%d}" % (NAME_MAX + 1))
+
+
 def reject_reason(path: bytes) -> str | None:
     """Return why a path cannot be in a tree, or None: the rule that the README's Semantics states."""
+    if _ODD.search(path) is None:
+        return None
     if b"\0" in path:
         return "holds a NUL byte"
     for part in path.split(b"/"):
@@ -117,14 +124,18 @@ class ManifestBuilder:
         self._db.executemany("INSERT OR IGNORE INTO staging.entry VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
         if self._db.total_changes - before != len(rows):
             for row in rows:
-                self._check_twin(row[0], row[4] != 0, row[9])
+                self._check_twin(row[0], row[4] != 0, row[6], row[9])
 
-    def _check_twin(self, path: bytes, is_dir: bool, source: int) -> None:
+    def _check_twin(self, path: bytes, is_dir: bool, mtime_ns: int, source: int) -> None:
         twin_is_dir, twin_source = self._db.execute(
             "SELECT dir, source FROM staging.entry WHERE path = ?", (path,)
         ).fetchone()
         if is_dir != (twin_is_dir != 0):
-            self._db.execute("UPDATE staging.entry SET dir = 1, size = 0 WHERE path = ?", (path,))
+            if is_dir:  # nothing of the file stays: the order of a listing must not show in the digest
+                self._db.execute(
+                    "UPDATE staging.entry SET dir = 1, size = 0, mtime_ns = ?, tag = '', md5 = x'' WHERE path = ?",
+                    (mtime_ns, path),
+                )
             self.reject(path, "is also a folder")
         elif not is_dir and self._object(source, path) != self._object(twin_source, path):
             names = " and ".join(self._object(s, path) for s in (twin_source, source))
@@ -135,7 +146,7 @@ class ManifestBuilder:
 
     def _object(self, source: int, path: bytes) -> str:
         origin = self._sources[source]
-        return f"{origin.url.rstrip('/')}/{origin.base.lstrip('/')}{printable(path)}"
+        return f"{origin.url.removesuffix('/')}/{origin.base.lstrip('/')}{printable(path)}"
 
     def finish(self) -> ManifestInfo:
         """Sort, number and write everything; return what the manifest now says of itself."""
@@ -145,8 +156,10 @@ class ManifestBuilder:
         shadowed = (
             "SELECT path FROM staging.entry WHERE dir = 0 AND path IN (SELECT path FROM staging.folder)"
         )
-        db.execute(f"INSERT INTO rejected SELECT path, 'is also a folder' FROM ({shadowed})")
+        found = db.execute(f"INSERT INTO rejected SELECT path, 'is also a folder' FROM ({shadowed})").rowcount
         db.execute("DELETE FROM staging.entry WHERE path IN (SELECT path FROM staging.folder)")
+        if found:
+            self._find_folders()  # once more: the times of those files must not show in their folders'
         digest, files, size = self._digest()
         db.create_function("depth_of", 1, lambda p: p.count(b"/"), deterministic=True)
         db.create_function("parent_of", 1, lambda p: p.rpartition(b"/")[0], deterministic=True)
@@ -217,7 +230,7 @@ class ManifestBuilder:
         )
 
     def _find_folders(self) -> None:
-        """Note every folder that a path implies, with the newest modification time below it."""
+        """Note every folder that a path implies, with the modification time of the newest file below it."""
         add = "INSERT OR REPLACE INTO staging.folder VALUES (?, ?)"
         stack: list[tuple[bytes, int]] = [
             (b"", 0)
@@ -230,7 +243,12 @@ class ManifestBuilder:
                 if newest > stack[-1][1]:
                     stack[-1] = (stack[-1][0], newest)
 
-        for path, mtime_ns in self._db.execute("SELECT path, mtime_ns FROM staging.entry ORDER BY path"):
+        # A folder's own time says nothing of its content, so it counts only where nothing is below it.
+        leaves = (
+            "SELECT path, mtime_ns FROM staging.entry AS e WHERE dir = 0 OR NOT EXISTS (SELECT 1 FROM staging.entry"
+            " WHERE path > CAST(e.path || x'2f' AS BLOB) AND path < CAST(e.path || x'30' AS BLOB)) ORDER BY path"
+        )
+        for path, mtime_ns in self._db.execute(leaves):
             parent = path.rpartition(b"/")[0]
             if parent != stack[-1][0]:
                 close_until(parent)

@@ -9,7 +9,7 @@ a CRC-32C of itself; a file that fails any of them is removed, counted, and fetc
 torn file after a crash is a missed block. Files appear by rename.
 
 Nothing here raises into a read. A disk that fails, is full, read-only or gone costs speed: blocks are not written, and
-after three errors in a row the cache is left alone for a while. Writes happen behind the read, in one thread, from a
+after three errors in a row the cache is left alone for a while. Writes happen behind the read, in two threads, from a
 queue bounded in bytes; what does not fit the queue is not written.
 """
 
@@ -30,7 +30,8 @@ from pathlib import Path
 import crc32c
 import structlog
 
-from amlmount.blocks import MIB, BlockKey
+from amlmount.blockfile import BlockFileWriter
+from amlmount.blocks import BLOCK_SIZE, MIB, BlockKey
 from amlmount.logs import Thinned
 from amlmount.metrics import Counters
 from amlmount.quota import Quota, Victim, limit_of, victims
@@ -43,6 +44,7 @@ _PAGE = 4096
 _GROUP = 50_000  # blocks looked at together when evicting: 10 MB of memory
 _TOUCH_NS = 600 * 1_000_000_000  # a hit is noted on disk when the last note is older than this
 _ERRORS = 3
+_WRITERS = 2  # one waits for the disk while the other copies
 _DOWN_S = 30.0
 _FULL_S = 5.0
 
@@ -105,7 +107,10 @@ class BlockCache:
         self._quota = Quota(0, min_free)
         self.enabled = cache_size != 0 and self._prepare()
         if self.enabled:
-            threading.Thread(target=self._write_behind, name="cache-writer", daemon=True).start()
+            for number in range(_WRITERS):
+                threading.Thread(
+                    target=self._write_behind, args=(number == 0,), name=f"cache-writer-{number}", daemon=True
+                ).start()
 
     def __repr__(self) -> str:
         return f"<BlockCache {self._top}, {self.used()} of {self._quota.limit} bytes>"
@@ -237,7 +242,7 @@ class BlockCache:
             self._wake.notify()
         return True
 
-    def _write_behind(self) -> None:
+    def _tidy(self) -> None:
         try:
             # A limit lowered since the last mount holds from now on; a count that was lost is made anew.
             excess = self._quota.to_evict(self.used(), self._free(), 0)
@@ -245,15 +250,21 @@ class BlockCache:
                 self._evict(excess)
         except OSError as error:
             self._failed("write", error)
+
+    def _write_behind(self, first: bool) -> None:
+        if first:
+            self._tidy()
+        files = BlockFileWriter(HEADER_BYTES + BLOCK_SIZE)
         while True:
             with self._wake:
                 while not self._queue:
                     if self._closing:
                         return
                     self._wake.wait()
-                key, data = self._queue[0]
+                key, data = self._queue.popleft()
+            size = len(data)
             try:
-                written = self._write(key, data)
+                written = self._write(files, key, data)
             except OSError as error:
                 self._failed("write", error)
                 written = False
@@ -263,10 +274,10 @@ class BlockCache:
                 self._counters.cache_dropped += 1
             del data
             with self._wake:
-                self._queued -= len(self._queue.popleft()[1])
+                self._queued -= size
                 self._wake.notify_all()
 
-    def _write(self, key: BlockKey, data: memoryview) -> bool:
+    def _write(self, files: BlockFileWriter, key: BlockKey, data: memoryview) -> bool:
         path = self._path(key)
         if os.path.lexists(path):
             return True
@@ -276,13 +287,12 @@ class BlockCache:
         self._names += 1
         temporary = str(self._top / "tmp" / f"{os.getpid()}-{threading.get_native_id()}-{self._names}")
         try:
-            fd = self._create(temporary)
+            header = encode_header(key, data)
             try:
-                header = encode_header(key, data)
-                if os.writev(fd, [header, data]) != len(header) + len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(fd)
+                files.write(temporary, header, data)
+            except FileNotFoundError:
+                self._make_folders()  # somebody removed the cache under us
+                files.write(temporary, header, data)
             with suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path), 0o700)
             os.rename(temporary, path)
@@ -294,14 +304,6 @@ class BlockCache:
             raise
         self._errors = 0
         return True
-
-    def _create(self, path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            return os.open(path, flags, 0o600)
-        except FileNotFoundError:
-            self._make_folders()  # somebody removed the cache under us
-            return os.open(path, flags, 0o600)
 
     def _free(self) -> int:
         disk = os.statvfs(self._top)
@@ -375,7 +377,7 @@ class BlockCache:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-            while self._queue and (left := deadline - time.monotonic()) > 0:
+            while self._queued and (left := deadline - time.monotonic()) > 0:
                 self._wake.wait(left)
 
 

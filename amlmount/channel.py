@@ -86,9 +86,11 @@ def records(run: Path) -> list[SessionRecord]:
 
 
 def is_alive(record: SessionRecord) -> bool:
-    """Whether the record's process still runs."""
+    """Whether the record's process still runs; one that ended and waits for its parent to notice does not."""
     try:
-        return abs(psutil.Process(record.pid).create_time() - record.started_at) < 1.0
+        process = psutil.Process(record.pid)
+        same = abs(process.create_time() - record.started_at) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

@@ -49,14 +49,15 @@ def _budget(text: str) -> int | None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text.strip().removesuffix("s"))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*s?\s*", text)
+    value = float(match[1]) if match else 0.0
     if not 0 < value <= 86400:
         raise ValueError("seconds, over 0 and up to 86400")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.strip().isdecimal() else 0
     if not 1 <= value <= 1024:
         raise ValueError("a number from 1 to 1024")
     return value

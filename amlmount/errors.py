@@ -5,9 +5,9 @@ A class says what a failure means to the two kinds of people who meet it: a prog
 Libraries' own exceptions are translated where they are called and never travel further.
 
     AmlmountError                 1  EIO
-      UsageError                  2           the command's words are off
-      DriftFound                  3           verify: the store no longer holds what was frozen
-      ConfigError                 4           a setting's name or value is wrong
+      UsageError                  2  EINVAL   the command's words are off
+      DriftFound                  3  ESTALE   verify: the store no longer holds what was frozen
+      ConfigError                 4  EINVAL   a setting's name or value is wrong
       DatasetNotFound            10  ENOENT   no such dataset, version or label
       DatastoreNotFound          11  ENOENT
       SecretError                12  EACCES   a secret is missing, or its file is readable by others

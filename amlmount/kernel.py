@@ -88,11 +88,12 @@ def check_mount_point(path: str, *, nonempty: bool) -> None:
 def _is_dead(path: str) -> bool:
     """Whether the process behind a FUSE mount is gone: the kernel answers ENOTCONN by itself then, without waiting.
 
-    A mount that lives may hang, so the question is asked by a process that can be left behind.
+    The question is about the file system, as a file's attributes may be cached; and it is asked by a process that can
+    be left behind, as a mount that lives may hang.
     """
     try:
         done = subprocess.run(
-            ["stat", "--", path],
+            ["stat", "-f", "--", path],
             check=False,
             capture_output=True,
             timeout=2,
@@ -100,7 +101,9 @@ def _is_dead(path: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode != 0 and os.strerror(errno.ENOTCONN).encode() in done.stderr
+    # ECONNABORTED is for a question that was under way when the process ended.
+    gone = (os.strerror(code).encode() in done.stderr for code in (errno.ENOTCONN, errno.ECONNABORTED))
+    return done.returncode != 0 and any(gone)
 
 
 def _path() -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -149,18 +150,28 @@ def stop(where: Places, path: str, *, lazy: bool, force: bool) -> dict[str, Any]
         raise NotMounted(f"amlmount has nothing mounted at {path}{other}")
     if force:
         kernel.abort(mounted.device)
+        if record is not None and channel.is_alive(record):
+            # Reads that still wait for the store hold the session up: nobody wants their answers any more.
+            psutil.Process(record.pid).terminate()
     kernel.unmount(path, lazy=lazy or force)
-    if record is not None and channel.is_alive(record) and not lazy:
-        try:
-            psutil.Process(record.pid).wait(_TERMINATE_S)
-        except psutil.TimeoutExpired:
-            if not force:
-                raise MountBusy(
-                    f"{path} is unmounted, but its session {record.pid} goes on", hint="--force"
-                ) from None
+    if record is not None and not lazy and not _has_ended(record, _TERMINATE_S):
+        if not force:
+            raise MountBusy(f"{path} is unmounted, but its session {record.pid} goes on", hint="--force")
+        with suppress(psutil.NoSuchProcess):
             psutil.Process(record.pid).kill()
-        except psutil.NoSuchProcess:
-            pass
     if record is not None and not channel.is_alive(record):
         channel.remove_dead_record(where.run, path)
     return {"path": path, "ref": record.ref if record else mounted.source}
+
+
+def _has_ended(record: channel.SessionRecord, timeout_s: float) -> bool:
+    """Wait for a session's process to end.
+
+    Not by `psutil.Process.wait`: a process 1 that reaps slowly, as in many containers, would hold it up.
+    """
+    deadline = time.monotonic() + timeout_s
+    while channel.is_alive(record):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True

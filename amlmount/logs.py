@@ -10,15 +10,15 @@ import logging
 import re
 import sys
 import time
-from collections.abc import MutableMapping
 from typing import Any, TextIO
 
 import structlog
 
 _SECRETS = (
-    re.compile(r"(?i)((?:[?&;]|^)(?:sig|sv|se|sp|st|spr|sr|skoid|sktid)=)[^&\s'\";]+"),
+    re.compile(r"(?i)((?<![a-z0-9_.-])sig(?:=|%3d))[^&\s'\";]+"),
+    re.compile(r"(?i)((?:[?&;]|^)(?:sv|se|sp|st|spr|sr|skoid|sktid)=)[^&\s'\";]+"),
     re.compile(
-        r"(?i)((?:account_?key|sharedaccesssignature|secret|password|token)\"?\s*[=:]\s*\"?)[^\s,;'\"&]+"
+        r"(?i)((?:(?:account|storage)_?key|sharedaccesssignature|secret|password|token)['\"]?\s*[=:]\s*['\"]?)[^\s,;'\"&]+"
     ),
     re.compile(r"(?i)((?:bearer|sharedkey)\s+)[^\s,;'\"]+"),
 )
@@ -31,11 +31,17 @@ def redact(text: str) -> str:
     return text
 
 
-def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = redact(value)
-    return event
+def _redact_line(_: Any, __: str, line: Any) -> str:
+    # The finished line, as a secret can be in a value of any type, and in a traceback.
+    return redact(line)
+
+
+class _Redacting(logging.Formatter):
+    """The same for libraries that log through the standard module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the finished line."""
+        return redact(super().format(record))
 
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
@@ -46,17 +52,17 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            _redact_event,
             structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=0, pad_level=False),
+            _redact_line,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module; their warnings matter, their requests do not.
-    logging.basicConfig(
-        level=logging.WARNING, stream=stream, format="%(asctime)s [%(levelname)s] %(name)s %(message)s"
-    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Redacting("%(asctime)s [%(levelname)s] %(name)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def get() -> structlog.typing.FilteringBoundLogger:

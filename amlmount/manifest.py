@@ -73,6 +73,16 @@ class Node(NamedTuple):
 _COLUMNS = "ino, parent, name, dir, size, mtime_ns, tag, md5, source, first, count, subdirs"
 
 
+# What reading a damaged file can raise: its text need not be UTF-8, its values need not have their columns' types.
+_DAMAGE = (sqlite3.Error, msgspec.MsgspecError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+# What `builder.reject_reason` keeps out, and what is no size.
+_HOSTILE = (
+    "SELECT count(*) FROM node WHERE ino > 1 AND (typeof(name) != 'blob' OR typeof(size) != 'integer' OR size < 0"
+    " OR name IN (x'', x'2e', x'2e2e') OR length(name) > 255 OR instr(name, x'2f') OR instr(name, x'00'))"
+)
+
+
 def _node(row: tuple[int, int, bytes, int, int, int, str, bytes, int, int, int, int]) -> Node:
     ino, parent, name, is_dir, size, mtime_ns, tag, md5, source, first, count, subdirs = row
     return Node(ino, parent, name, is_dir != 0, size, mtime_ns, tag, md5.hex(), source, first, count, subdirs)
@@ -131,7 +141,7 @@ class Manifest:
                 created_ns=meta["created_ns"],
             )
             self.name = str(meta.get("name", ""))
-        except (sqlite3.DatabaseError, KeyError, msgspec.MsgspecError) as error:
+        except _DAMAGE as error:
             self._db.close()
             raise ManifestError(f"{path} is damaged or no manifest: {error}") from error
         except ManifestError:
@@ -214,25 +224,32 @@ class Manifest:
     def check(self) -> None:
         """Read everything and compare with the digest; raise ManifestError where it differs.
 
-        Besides the entries it holds the numbering (consecutive children) to what `tree` relies on.
+        Besides the entries it holds names and numbering to what `tree` and the kernel rely on: a forged manifest must
+        not lead out of the tree, nor in a circle.
         """
         try:
             if self._db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
                 raise ManifestError(f"{self.path} is damaged: SQLite's integrity check failed")
-            digest, files, size = digest_of(self.entries())
             numbered = self._db.execute(
-                "SELECT count(*) FROM node AS n JOIN node AS p ON p.ino = n.parent"
-                " WHERE n.ino > 1 AND p.dir = 1 AND n.ino BETWEEN p.first AND p.first + p.count - 1"
+                "SELECT count(*) FROM node AS n JOIN node AS p ON p.ino = n.parent WHERE n.ino > 1 AND p.ino < n.ino"
+                " AND p.dir = 1 AND n.ino BETWEEN p.first AND p.first + p.count - 1"
             ).fetchone()[0]
-            total = self._db.execute("SELECT count(*), max(source) FROM node").fetchone()
-        except sqlite3.DatabaseError as error:
+            total, sources, folders = self._db.execute(
+                "SELECT count(*), max(source), sum(dir) FROM node"
+            ).fetchone()
+            hostile = self._db.execute(_HOSTILE).fetchone()[0]
+            if numbered != total - 1 or sources >= max(1, len(self.info.sources)):
+                raise ManifestError(f"{self.path} is damaged: its inodes are not numbered as they should be")
+            if hostile:
+                raise ManifestError(f"{self.path} is damaged: {hostile} of its names or sizes cannot be")
+            digest, files, size = digest_of(self.entries())
+        except _DAMAGE as error:
             raise ManifestError(f"{self.path} is damaged: {error}") from error
-        if (digest, files, size) != (self.info.digest, self.info.files, self.info.bytes):
+        info = self.info
+        if (digest, files, size, folders) != (info.digest, info.files, info.bytes, info.directories):
             raise ManifestError(
                 f"{self.path} is damaged: its content has digest {digest}, it says {self.info.digest}"
             )
-        if numbered != total[0] - 1 or total[1] >= max(1, len(self.info.sources)):
-            raise ManifestError(f"{self.path} is damaged: its inodes are not numbered as they should be")
 
 
 def digest_of(entries: Iterable[ManifestEntry]) -> tuple[str, int, int]:

@@ -270,7 +270,7 @@ class Operations(pyfuse3.Operations):
         if node.is_dir:
             return {}
         source, pinned = self.tree.object(node)
-        url = printable(f"{self.tree.info.sources[source].url.rstrip('/')}/{pinned.path.lstrip('/')}")
+        url = printable(f"{self.tree.info.sources[source].url.removesuffix('/')}/{pinned.path.lstrip('/')}")
         values = {_XATTR + b"etag": node.tag.encode(), _XATTR + b"url": url.encode()}
         if node.md5:
             values[_XATTR + b"md5"] = node.md5.encode()

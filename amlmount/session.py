@@ -31,7 +31,7 @@ from amlmount.dataset import MountSpec, MountStatus, Source
 from amlmount.errors import AmlmountError, MountBusy, MountFailed, MountPointError
 from amlmount.fetch import Fetcher
 from amlmount.manifest import Manifest
-from amlmount.memory import BlockMemory, default_budget, keep_malloc_small, memory_limit
+from amlmount.memory import BlockMemory, default_budget, tune_malloc, memory_limit
 from amlmount.metrics import Counters
 from amlmount.operations import Operations, Owner
 from amlmount.stores import Retrying, open_store
@@ -90,7 +90,7 @@ class MountSession:
         spec, settings = self._spec, self._settings
         kernel.check_fuse(allow_other=spec.allow_other)
         kernel.check_mount_point(spec.path, nonempty=spec.nonempty)
-        keep_malloc_small()
+        tune_malloc()
         budget = settings.memory_budget or default_budget(memory_limit())
         queue_bytes = min(budget // 8, 64 << 20)
         with Manifest(Path(spec.manifest)) as manifest:
@@ -252,6 +252,8 @@ def run(
             assert isinstance(error, AmlmountError)
             failure = error
 
+    # The event loop waits this long for a thread that holds the interpreter; the default, 5 ms, is a round trip.
+    sys.setswitchinterval(0.0005)
     trio.run(main)
     if failure is not None:
         raise failure

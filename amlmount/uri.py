@@ -112,7 +112,7 @@ def _http(uri: str, scheme: str, rest: str, datastores: Sequence[Datastore]) -> 
     account = ""
     if _IP_OR_LOCAL.match(host):
         account, _, path = path.partition("/")
-    elif ".blob." not in host:
+    elif ".blob." not in host.lower():
         raise UriError(
             f"{host} is no Blob endpoint that amlmount knows",
             hint="amlmount datastore add NAME --endpoint URL makes any endpoint known",
@@ -164,6 +164,17 @@ def literal_prefix(pattern: str) -> str:
     return pattern if match is None else pattern[: match.start()]
 
 
+def _set(body: str) -> str:
+    """Return the characters and ranges between the brackets of a set as a regular expression wants them."""
+    out: list[str] = []
+    i = 0
+    while i < len(body):
+        is_range = body[i + 1 : i + 2] == "-" and i + 2 < len(body)
+        out.append(f"{re.escape(body[i])}-{re.escape(body[i + 2])}" if is_range else re.escape(body[i]))
+        i += 3 if is_range else 1
+    return "".join(out)
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compile a glob pattern to a regular expression for `fullmatch` on whole paths.
 
@@ -194,9 +205,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
                 raise UriError(f"'[' is never closed in {pattern!r}", hint="a literal '[' is '[[]'")
             body = pattern[i + 1 : end]
             negate = body.startswith("!")
-            body = body.removeprefix("!").replace("\\", "\\\\").replace("[", "\\[").replace("^", "\\^")
-            body = body.replace("&&", "&\\&").replace("||", "|\\|").replace("~~", "~\\~").replace("]", "\\]")
-            out.append(f"(?!/)[{'^' if negate else ''}{body}]")
+            out.append(f"(?!/)[{'^' if negate else ''}{_set(body.removeprefix('!'))}]")
             i = end + 1
         else:
             out.append(re.escape(char))

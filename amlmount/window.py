@@ -13,13 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from amlmount.blocks import MIB, ByteRange
+from amlmount.blocks import KIB, MIB, ByteRange
 
 STREAMS = 32
 """Readers of one file that are told apart; the one that read longest ago is forgotten first."""
 
 JUMP = 1 * MIB
 """Bytes that a read may be ahead of or behind its stream: kernel read-ahead (1 MiB) sends requests out of order."""
+
+SMALL_JUMP = 256 * KIB
+"""The same for a stream that has not read much yet: two requests of the kernel's default read-ahead."""
+
+SPLIT = 3
+"""Requests that one random read of 1 MiB may become, where kernel read-ahead is raised: a read that is not aligned
+with pages is cut at 1 MiB. Only more requests in a row mean that a reader goes on."""
 
 EXACT_UNTIL = 2 * MIB
 """Bytes that a stream from the middle of a file must have read before whole blocks are fetched for it. A random read
@@ -37,6 +44,8 @@ class Stream:
     """Where its next read is expected."""
     run: int
     """Bytes read in a row."""
+    reads: int
+    """Requests that made up the run."""
     ahead: int
     """End of what has been fetched ahead for it; set it back where less was possible."""
     from_start: bool
@@ -73,7 +82,7 @@ class ReadWindow:
         if stream is None:
             if len(self._streams) >= STREAMS:
                 self._streams.pop(0)
-            stream = Stream(stop, length, stop, offset == 0)
+            stream = Stream(stop, length, 1, stop, offset == 0)
             self._streams.append(stream)
             return Advice(offset != 0, None, stream)
         self._streams.remove(stream)
@@ -81,6 +90,7 @@ class ReadWindow:
         if stop <= stream.position:  # a request that was overtaken: no progress
             return Advice(self._exact(stream), None, stream)
         stream.run += min(length, stop - stream.position)
+        stream.reads += 1
         stream.position = stop
         return Advice(self._exact(stream), self._extend(stream, limit), stream)
 
@@ -90,7 +100,9 @@ class ReadWindow:
             distance = offset - stream.position
             if distance == 0:
                 return stream
-            reach = JUMP if not stream.from_start or stream.run > JUMP else stream.run
+            # Random reads of one file must not pass for each other's continuation: with 32 streams in 1 GB a reach
+            # of 1 MiB would join 6 % of them by chance.
+            reach = min(SMALL_JUMP if stream.run < EXACT_UNTIL else JUMP, 4 * stream.run)
             if -reach <= distance <= reach and (best is None or abs(distance) < abs(offset - best.position)):
                 best = stream
         return best
@@ -103,7 +115,7 @@ class ReadWindow:
         if stream.from_start:
             window = 4 * stream.run
         elif stream.run < EXACT_UNTIL:
-            window = stream.run // 2
+            window = stream.run // 2 if stream.reads > SPLIT else 0
         else:
             window = stream.run
         window = min(window, self._max_window if limit is None else min(limit, self._max_window))

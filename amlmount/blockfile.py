@@ -1,0 +1,71 @@
+"""Writes one block file past the page cache where the disk allows it.
+
+The kernel keeps a block's bytes once already, for the mount. Written through the page cache they would be kept twice,
+and flushing them takes processor time from the readers: 0.17 against 0.5 CPU seconds a GiB here. Small files are
+written the ordinary way: a direct write waits for the disk, and theirs is all waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+
+from amlmount.blocks import MIB
+
+DIRECT_FROM = MIB // 2
+"""Bytes from which a file is written directly."""
+
+_ALIGN = 4096
+_STEP = MIB  # copied while other threads wait for the interpreter: 0.1 ms
+
+
+class BlockFileWriter:
+    """Writes files of up to `largest` bytes; for one thread."""
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._scratch: memoryview | None = None
+        self._direct = True
+
+    def write(self, path: str, head: bytes, data: memoryview) -> None:
+        """Make a new file of mode 0600 that holds `head` and `data`; OSError where it cannot be whole."""
+        size = len(head) + len(data)
+        if self._direct and DIRECT_FROM <= size <= self._largest:
+            try:
+                self._write(path, os.O_DIRECT, head, data)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = False  # a file system without direct writes
+                if os.path.lexists(path):
+                    os.unlink(path)
+        self._write(path, 0, head, data)
+
+    def _write(self, path: str, more_flags: int, head: bytes, data: memoryview) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
+        size = len(head) + len(data)
+        fd = os.open(path, flags, 0o600)
+        try:
+            if not more_flags:
+                written = os.writev(fd, [head, data])
+            else:
+                padded = -(-size // _ALIGN) * _ALIGN
+                written = min(os.write(fd, self._fill(head, data)[:padded]), size)
+                os.ftruncate(fd, size)
+            if written != size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
+
+    def _fill(self, head: bytes, data: memoryview) -> memoryview:
+        if self._scratch is None:
+            # Memory that mmap gives begins on a page, as direct writes want it.
+            self._scratch = memoryview(mmap.mmap(-1, -(-self._largest // _ALIGN) * _ALIGN))
+        scratch, at = self._scratch, len(head)
+        scratch[:at] = head
+        for start in range(0, len(data), _STEP):
+            part = data[start : start + _STEP]
+            scratch[at + start : at + start + len(part)] = part
+        return scratch
