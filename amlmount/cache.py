@@ -1,8 +1,7 @@
 """The disk tier: blocks as immutable files named by content identity, shared by every mount of a user.
 
 Layout, below `cache_dir/v1` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`; `tmp/`, files
-being written; `usage`, eight bytes that count the bytes of all blocks, changed under a lock on that file;
-`sweep.lock`, held by the one process that evicts.
+being written; `usage` and two locks beside it, the shared count of bytes (see that module).
 
 A block file is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
 a CRC-32C of itself; a file that fails any of them is removed, counted, and fetched again. So nothing is ever synced: a
@@ -16,7 +15,6 @@ queue bounded in bytes; what does not fit the queue is not written.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import struct
@@ -35,6 +33,7 @@ from amlmount.blocks import BLOCK_SIZE, MIB, BlockKey
 from amlmount.logs import Thinned
 from amlmount.metrics import Counters
 from amlmount.quota import Quota, Victim, limit_of, victims
+from amlmount.usage import Usage
 
 FORMAT = "v1"
 _MAGIC = b"AMLB\x00\x01"
@@ -103,7 +102,7 @@ class BlockCache:
         self._wake = threading.Condition()
         self._closing = False
         self._names = 0
-        self._uncounted = False
+        self._usage = Usage(self._top)
         self._quota = Quota(0, min_free)
         self.enabled = cache_size != 0 and self._prepare()
         if self.enabled:
@@ -129,11 +128,13 @@ class BlockCache:
                     "no disk cache: others could write to it", folder=str(self._top), do="chmod 700 it"
                 )
                 return False
-            self._uncounted = not (self._top / "usage").exists()
             disk = os.statvfs(self._top)
             total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
             self._quota = Quota(limit_of(self._cache_size, total, free, self.used()), self._min_free)
             self._remove_leftovers()
+            if not self.used() and not any(len(name) == 2 for name in os.listdir(self._top)):
+                with suppress(OSError):  # a read-only disk can still be read
+                    self._evict(0)  # nothing to look at: the count begins here
         except OSError as error:
             self._log.warning(
                 "no disk cache",
@@ -193,18 +194,18 @@ class BlockCache:
             self._counters.cache_corrupt += 1
             if self._thinned.due("corrupt") is not None:
                 self._log.warning("a damaged block in the cache was dropped and is fetched again", file=path)
-            self._remove(path, space_of(max(0, len(raw) - HEADER_BYTES)))
+            self._remove(path, space_of(key.length), damaged=True)
             return None
         self._counters.cache_hits += 1
         return data
 
-    def _remove(self, path: str, space: int) -> bool:
+    def _remove(self, path: str, space: int, *, damaged: bool = False) -> bool:
         try:
-            os.unlink(path)
+            with self._usage.locked() as count:
+                os.unlink(path)
+                count.add(used=-space, dropped=space if damaged else 0)
         except OSError:
             return False
-        with suppress(OSError), self._usage() as usage:
-            usage.add(-space)
         return True
 
     def mark_slow(self) -> None:
@@ -245,8 +246,10 @@ class BlockCache:
     def _tidy(self) -> None:
         try:
             # A limit lowered since the last mount holds from now on; a count that was lost is made anew.
-            excess = self._quota.to_evict(self.used(), self._free(), 0)
-            if excess or self._uncounted:
+            with self._usage.locked() as count:
+                excess = self._quota.to_evict(count.used, self._free(), 0)
+                known = count.known
+            if excess or not known:
                 self._evict(excess)
         except OSError as error:
             self._failed("write", error)
@@ -282,54 +285,65 @@ class BlockCache:
         if os.path.lexists(path):
             return True
         space = space_of(len(data))
-        if not self._reserve(space):
-            return False
+        for evicted in (False, True):
+            with self._writing():
+                short = self._reserve(space)
+                if short is None:
+                    self._publish(files, key, data, path, space)
+                    return True
+            if not evicted:
+                self._evict(short)
+        return False
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if not self._top.is_dir():
+            self._make_folders()  # somebody removed the cache under us
+        with self._usage.writing():
+            yield
+
+    def _publish(
+        self, files: BlockFileWriter, key: BlockKey, data: memoryview, path: str, space: int
+    ) -> None:
+        """Write a block whose space is set aside; where that fails, give it back."""
         self._names += 1
         temporary = str(self._top / "tmp" / f"{os.getpid()}-{threading.get_native_id()}-{self._names}")
         try:
-            header = encode_header(key, data)
-            try:
-                files.write(temporary, header, data)
-            except FileNotFoundError:
-                self._make_folders()  # somebody removed the cache under us
-                files.write(temporary, header, data)
+            files.write(temporary, encode_header(key, data), data)
             with suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path), 0o700)
-            os.rename(temporary, path)
+            with self._usage.locked() as count:
+                if os.path.lexists(path):  # another process was quicker
+                    os.unlink(temporary)
+                    count.add(used=-space, on_way=-space)
+                else:
+                    os.rename(temporary, path)
+                    count.add(on_way=-space)
         except OSError:
-            with suppress(OSError):
+            with suppress(OSError), self._usage.locked() as count:
+                count.add(used=-space, on_way=-space)
                 os.unlink(temporary)
-            with suppress(OSError), self._usage() as usage:
-                usage.add(-space)
             raise
         self._errors = 0
-        return True
 
     def _free(self) -> int:
         disk = os.statvfs(self._top)
         return disk.f_bavail * disk.f_frsize
 
-    def _reserve(self, space: int) -> bool:
-        """Count `space` bytes as used if the quota allows, evicting where it does not."""
-        for evicted in (False, True):
-            with self._usage() as usage:
-                used, free = usage.get(), self._free()
-                if self._quota.fits(used, free, space):
-                    usage.add(space)
-                    return True
-            if not evicted:
-                self._evict(self._quota.to_evict(used, free, space))
-        return False
+    def _reserve(self, space: int) -> int | None:
+        """Count `space` bytes as used and return None if the quota allows, else the bytes to evict first."""
+        with self._usage.locked() as count:
+            free = self._free() - count.on_way  # what others have set aside is not on the disk yet
+            if count.known and self._quota.fits(count.used, free, space):
+                count.add(used=space, on_way=space)
+                return None
+            return self._quota.to_evict(count.used, free, space) if count.known else 0
 
     def _evict(self, need: int) -> None:
         """Remove the least recently used blocks, `need` bytes of them, and count anew what is there."""
-        with open(self._top / "sweep.lock", "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another process is at it
-            with self._usage() as usage:
-                before = usage.get()
+        with self._usage.sweeping() as sweep:
+            if sweep is None:
+                return
             found = gone = 0
             group: list[Victim] = []
             shards = sorted(e.path for e in os.scandir(self._top) if len(e.name) == 2)
@@ -344,32 +358,18 @@ class BlockCache:
                     found += size
                     # This group's part of what has to go: names are hashes, so a group is a fair sample of all ages.
                     last = index == len(shards) - 1
-                    part = need - gone if last else need * size // max(before, size)
+                    part = need - gone if last else need * size // max(sweep.used, size)
                     for victim in victims(group, part):
                         if self._remove(victim.name, victim.size):
                             gone += victim.size
                             self._counters.cache_evicted += 1
                     group = []
-            with self._usage() as usage:
-                # What others wrote meanwhile may be counted twice; never too little. The next sweep sets it right.
-                usage.add(found - before)
-
-    @contextmanager
-    def _usage(self) -> Iterator[_Usage]:
-        fd = os.open(self._top / "usage", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield _Usage(fd)
-        finally:
-            os.close(fd)
+            with self._usage.locked() as count:
+                count.end(sweep, found, gone)
 
     def used(self) -> int:
         """Return the bytes of all blocks as counted; 0 where that cannot be read."""
-        try:
-            with self._usage() as usage:
-                return usage.get()
-        except OSError:
-            return 0
+        return self._usage.used()
 
     def close(self, flush_s: float = 2.0) -> None:
         """Stop writing; blocks still queued are written for up to `flush_s` seconds."""
@@ -379,16 +379,3 @@ class BlockCache:
             self._wake.notify_all()
             while self._queued and (left := deadline - time.monotonic()) > 0:
                 self._wake.wait(left)
-
-
-class _Usage:
-    """The shared count of bytes, while its lock is held."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def get(self) -> int:
-        return int.from_bytes(os.pread(self._fd, 8, 0), "little")
-
-    def add(self, change: int) -> None:
-        os.pwrite(self._fd, max(0, self.get() + change).to_bytes(8, "little"), 0)

@@ -146,7 +146,10 @@ async def serve(
                     return
                 question += chunk
             decoded = json.loads(question)
-            await stream.send_all(json.dumps(answer(decoded if isinstance(decoded, dict) else {})).encode())
+            # Not on the event loop: an answer may look at the cache disk, and a disk that hangs must not stop the mount.
+            question_of = decoded if isinstance(decoded, dict) else {}
+            said = await trio.to_thread.run_sync(answer, question_of, abandon_on_cancel=True)
+            await stream.send_all(json.dumps(said).encode())
         await trio.aclose_forcefully(stream)
 
     task_status.started()

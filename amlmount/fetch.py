@@ -26,7 +26,7 @@ import trio
 
 from amlmount.blocks import BlockKey, ByteRange
 from amlmount.cache import BlockCache
-from amlmount.dataset import ObjectId
+from amlmount.dataset import ObjectId, printable
 from amlmount.errors import AmlmountError, StoreUnreachable
 from amlmount.memory import BlockMemory
 from amlmount.metrics import Counters
@@ -204,7 +204,10 @@ class Fetcher:
                     raise _fresh(flight.error)
                 assert flight.data is not None
                 return flight.data
-        raise StoreUnreachable(f"{file.object.path}: no answer within {self._deadline_s:.0f} s")
+        late = StoreUnreachable(f"{printable(file.object.path)}: no answer within {self._deadline_s:.0f} s")
+        # The kernel asks a second time for what it read ahead; that must not take as long again.
+        self._failed[file.digest] = (time.monotonic() + FAILED_FOR_S, late)
+        raise late
 
     def spent(self, file: PinnedFile, wanted: ByteRange) -> None:
         """Note that a block was read to its end."""

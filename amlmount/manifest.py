@@ -74,7 +74,15 @@ _COLUMNS = "ino, parent, name, dir, size, mtime_ns, tag, md5, source, first, cou
 
 
 # What reading a damaged file can raise: its text need not be UTF-8, its values need not have their columns' types.
-_DAMAGE = (sqlite3.Error, msgspec.MsgspecError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_DAMAGE = (
+    sqlite3.Error,
+    msgspec.MsgspecError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 # What `builder.reject_reason` keeps out, and what is no size.
 _HOSTILE = (

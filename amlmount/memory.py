@@ -7,7 +7,6 @@ cache has those bytes.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path

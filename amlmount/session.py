@@ -31,7 +31,7 @@ from amlmount.dataset import MountSpec, MountStatus, Source
 from amlmount.errors import AmlmountError, MountBusy, MountFailed, MountPointError
 from amlmount.fetch import Fetcher
 from amlmount.manifest import Manifest
-from amlmount.memory import BlockMemory, default_budget, tune_malloc, memory_limit
+from amlmount.memory import BlockMemory, default_budget, memory_limit, tune_malloc
 from amlmount.metrics import Counters
 from amlmount.operations import Operations, Owner
 from amlmount.stores import Retrying, open_store
