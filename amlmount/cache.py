@@ -348,11 +348,12 @@ class BlockCache:
             group: list[Victim] = []
             shards = sorted(e.path for e in os.scandir(self._top) if len(e.name) == 2)
             for index, shard in enumerate(shards):
-                with suppress(FileNotFoundError):
-                    for entry in os.scandir(shard):
-                        status = entry.stat(follow_symlinks=False)
-                        space = space_of(max(0, status.st_size - HEADER_BYTES))
-                        group.append(Victim(status.st_mtime_ns, space, entry.path))
+                with suppress(FileNotFoundError), os.scandir(shard) as entries:
+                    for entry in entries:
+                        with suppress(FileNotFoundError):  # somebody removed it: the others still count
+                            status = entry.stat(follow_symlinks=False)
+                            space = space_of(max(0, status.st_size - HEADER_BYTES))
+                            group.append(Victim(status.st_mtime_ns, space, entry.path))
                 if len(group) >= _GROUP or index == len(shards) - 1:
                     size = sum(v.size for v in group)
                     found += size

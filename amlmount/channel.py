@@ -6,6 +6,7 @@ is removed by its session; one whose process is gone is removed by whoever finds
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -96,6 +97,14 @@ def is_alive(record: SessionRecord) -> bool:
 
 
 @contextmanager
+def only_one(run: Path, path: str) -> Iterator[None]:
+    """Hold a lock while something is done to a mount point, against other processes of the same user."""
+    with (run / f"{_stem(path)}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _address(run: Path, path: str) -> Iterator[str]:
     # A socket's address holds 107 bytes; a path through a descriptor is short wherever the folder is.
     fd = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -146,7 +155,7 @@ async def serve(
                     return
                 question += chunk
             decoded = json.loads(question)
-            # Not on the event loop: an answer may look at the cache disk, and a disk that hangs must not stop the mount.
+            # Not on the event loop: an answer may look at the cache disk, and one that hangs must not stop the mount.
             question_of = decoded if isinstance(decoded, dict) else {}
             said = await trio.to_thread.run_sync(answer, question_of, abandon_on_cancel=True)
             await stream.send_all(json.dumps(said).encode())

@@ -22,6 +22,9 @@ from amlmount.dataset import MountSpec
 from amlmount.errors import AmlmountError, UsageError
 from amlmount.resolve import Resolver, human_bytes
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 C = TypeVar("C", bound=Callable[..., Any])
 
 
@@ -36,7 +39,7 @@ class Errors(click.Group):
             click.echo(f"amlmount: {logs.redact(error.line())}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            ctx.exit(130)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Errors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -66,6 +69,9 @@ def setting_options(command: C) -> C:
 @click.option(
     "-f", "--foreground", is_flag=True, help="Stay, and say on standard output when the tree answers."
 )
+@click.option(
+    "--mode", type=click.Choice(["auto", "mount"]), default="auto", help="How: auto is mount, through FUSE."
+)
 @click.option("--uid", type=int, help="Owner of the files; the mounting user where not given.")
 @click.option("--gid", type=int, help="Group of the files.")
 @click.option(
@@ -80,12 +86,13 @@ def setting_options(command: C) -> C:
 @setting_options
 @click.pass_obj
 def mount(
-    where: Places, /, ref: str, path: str, foreground: bool, uid: int | None, gid: int | None, umask: str,
+    where: Places, /, ref: str, path: str, foreground: bool, mode: str, uid: int | None, gid: int | None, umask: str,
     allow_other: bool, nonempty: bool, strict: bool, timeout: float, **flags: str | None,
 ) -> None:  # fmt: skip
     """Mount REF at PATH; returns when the tree answers and leaves the session running."""
     from amlmount import kernel
 
+    del mode  # there is one
     settings = load(os.environ, flags).settings
     logs.configure(settings.log_level)
     target = kernel.absolute(path)
@@ -232,5 +239,12 @@ cli.add_command(datastore)
 
 def main() -> NoReturn:
     """Run the command line."""
-    cli(prog_name="amlmount")
+    try:
+        cli(prog_name="amlmount")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)  # a thread may wait for a store, and the interpreter would wait for it
+        raise
     raise SystemExit(0)

@@ -136,15 +136,10 @@ def verify(where: Places, ref: str, as_json: bool) -> None:
     with catalog.open_manifest(record) as old:
         again = freeze_again(old, resolver.locate_source, resolver.open_store, catalog.manifests, progress())
         try:
-            if again is None:
-                missing = [printable(entry.path) for entry in old.entries()]
-                changed, new = list[str](), list[str]()
-            else:
-                with Manifest(again.path) as now:
-                    changed, missing, new = compare(old, now)
+            with Manifest(again.path) as now:
+                changed, missing, new = compare(old, now)
         finally:
-            if again is not None:
-                again.path.unlink()
+            again.path.unlink()
     if as_json:
         click.echo(
             json.dumps({"ref": record.ref(), "changed": changed, "missing": missing, "new": new}, indent=2)

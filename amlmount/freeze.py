@@ -30,6 +30,10 @@ OpenStore = Callable[[Source], ObjectStore]
 Progress = Callable[[int], None]
 
 
+class NothingThere(FreezeError):
+    """A path leads to no object."""
+
+
 class Plan(NamedTuple):
     """What to list for one location, and which of it to take."""
 
@@ -51,7 +55,7 @@ class Frozen(NamedTuple):
 
 
 def plan(location: Location, store: ObjectStore) -> Plan:
-    """Decide what a location is (file, folder or pattern); raise FreezeError where there is nothing."""
+    """Decide what a location is (file, folder or pattern); raise NothingThere where a local path leads nowhere."""
     source = Source(
         kind=location.kind, url=location.url, base="", uri=location.uri, datastore=location.datastore
     )
@@ -65,7 +69,7 @@ def plan(location: Location, store: ObjectStore) -> Plan:
     if local:
         found = store.head(path)
         if found is None:
-            raise FreezeError(f"{location.uri}: no such file or folder")
+            raise NothingThere(f"{location.uri}: no such file or folder")
         if found.is_dir:
             base = path.rstrip("/") + "/"
             return Plan(msgspec.structs.replace(source, base=base), base, None)
@@ -85,7 +89,8 @@ def _holds_anything(store: ObjectStore, prefix: str) -> bool:
 
 def _pages(store: ObjectStore, prefix: str) -> Iterator[Page]:
     """Yield a listing's pages, the next one on its way while the caller works on this one."""
-    with ThreadPoolExecutor(1, "listing") as pool:
+    pool = ThreadPoolExecutor(1, "listing")
+    try:
         coming = pool.submit(store.list_page, prefix, "")
         while True:
             page = coming.result()
@@ -95,22 +100,34 @@ def _pages(store: ObjectStore, prefix: str) -> Iterator[Page]:
             yield page
             if not marker:
                 return
+    finally:
+        # Whoever gives up on a store that hangs does not wait for it.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def freeze(
-    locations: Sequence[Location], open_store: OpenStore, folder: Path, progress: Progress = lambda _: None
+    locations: Sequence[Location],
+    open_store: OpenStore,
+    folder: Path,
+    progress: Progress = lambda _: None,
+    *,
+    may_be_empty: bool = False,
 ) -> Frozen:
     """List everything and write the manifest as a new file in `folder`, named for nothing yet.
 
-    Raises FreezeError, ObjectMissing for a container that is not there, and what the stores raise. `progress` gets the
-    number of objects seen so far, once a page.
+    Raises FreezeError, ObjectMissing for a container that is not there, and what the stores raise. With `may_be_empty`
+    a location that leads nowhere holds nothing. `progress` gets the number of objects seen so far, once a page.
     """
     plans: list[tuple[Plan, ObjectStore]] = []
     for location in locations:
         store = open_store(
             Source(kind=location.kind, url=location.url, base="", datastore=location.datastore)
         )
-        plans.append((plan(location, store), store))
+        try:
+            plans.append((plan(location, store), store))
+        except (NothingThere, ObjectMissing):
+            if not may_be_empty:
+                raise
     fd, name = tempfile.mkstemp(prefix=".freezing-", suffix=".sqlite", dir=folder)
     os.close(fd)
     path = Path(name)
@@ -123,8 +140,9 @@ def freeze(
                 found = found or bool(entries)
                 seen += count
                 progress(seen)
-            if not found and not (what.source.kind == "local" and what.match is None):
-                raise FreezeError(
+            empty_folder = what.source.kind == "local" and what.match is None
+            if not found and not may_be_empty and not empty_folder:
+                raise NothingThere(
                     f"{what.source.uri}: nothing there", hint="check the path; names are case-sensitive"
                 )
         info = builder.finish()
@@ -195,9 +213,8 @@ def freeze_again(
     open_store: OpenStore,
     folder: Path,
     progress: Progress,
-) -> Frozen | None:
-    """Freeze what a manifest's sources hold now; None where nothing at all is left there."""
-    try:
-        return freeze([locate(source) for source in old.info.sources], open_store, folder, progress)
-    except (FreezeError, ObjectMissing):
-        return None
+) -> Frozen:
+    """Freeze what a manifest's sources hold now, be it nothing."""
+    return freeze(
+        [locate(source) for source in old.info.sources], open_store, folder, progress, may_be_empty=True
+    )

@@ -26,6 +26,7 @@ from amlmount.errors import (
 )
 
 FSTYPE = "fuse.amlmount"
+_DEVICE = "/dev/fuse"
 _TOOL_TIMEOUT_S = 10
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -113,15 +114,24 @@ def _path() -> str:
 
 def check_fuse(*, allow_other: bool) -> None:
     """Raise FuseUnavailable, with what to do, where this user cannot mount."""
-    if not os.path.exists("/dev/fuse"):
-        raise FuseUnavailable(
-            "there is no /dev/fuse here",
-            hint="load the fuse module, or start the container with --device /dev/fuse",
-        )
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise FuseUnavailable(
-            "no right to open /dev/fuse", hint="its mode is usually 0666: chmod 666 /dev/fuse"
-        )
+    try:
+        fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        is_device = stat.S_ISCHR(os.fstat(fd).st_mode)
+        os.close(fd)
+    except PermissionError:
+        # A container's rules can forbid what the mode allows.
+        mode = "its mode is usually 0666: chmod 666 /dev/fuse"
+        allowed = os.access(_DEVICE, os.R_OK | os.W_OK)
+        hint = "start the container with --device /dev/fuse" if allowed else mode
+        raise FuseUnavailable("no right to open /dev/fuse", hint=hint) from None
+    except OSError:
+        is_device = False
+    if not is_device:
+        hint = "load the fuse module, or start the container with --device /dev/fuse"
+        raise FuseUnavailable("there is no /dev/fuse here", hint=hint)
+    if not _may_mount():
+        hint = "start the container with --cap-add SYS_ADMIN --device /dev/fuse"
+        raise FuseUnavailable("nobody may mount here: the capability SYS_ADMIN is out of bounds", hint=hint)
     if os.geteuid() != 0:
         if shutil.which("fusermount3", path=_path()) is None:
             raise FuseUnavailable("fusermount3 is not installed", hint="apt install fuse3")
@@ -130,6 +140,12 @@ def check_fuse(*, allow_other: bool) -> None:
                 "only root may use --allow-other here",
                 hint="put the line user_allow_other into /etc/fuse.conf",
             )
+
+
+def _may_mount() -> bool:
+    """Whether CAP_SYS_ADMIN (bit 21) is in this process's bounding set: else not even a setuid program gets it."""
+    found = re.search(r"^CapBnd:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return found is None or bool(int(found[1], 16) >> 21 & 1)
 
 
 def _user_allow_other() -> bool:

@@ -40,8 +40,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class SessionFailed(AmlmountError):
     """What a session said before it ended; carries that error's exit code."""
 
-    def __init__(self, report: Report) -> None:
-        super().__init__(report.error, hint=report.hint)
+    def __init__(self, report: Report, log: Path) -> None:
+        # What libfuse itself has to say of a mount that failed is in the log.
+        hint = f"see {log}" if report.exit_code == MountFailed.exit_code else report.hint
+        super().__init__(report.error, hint=hint)
         self.exit_code = report.exit_code  # type: ignore[misc]  # this one is another process's
 
 
@@ -93,7 +95,7 @@ def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout
         process.stdout.close()
     if report.error:
         process.wait()
-        raise SessionFailed(report)
+        raise SessionFailed(report, log_path)
     # The session outlives this process, which is nobody's business to wait for.
     process.returncode = 0
     return report

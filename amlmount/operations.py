@@ -97,7 +97,7 @@ class Operations(pyfuse3.Operations):
         self._zeros = memoryview(bytes(1 << 20)) if null_reads else None
         self._thinned = Thinned()
         self._open: dict[int, list[Any]] = {}  # inode: [reader, times opened]
-        self._windows = 0
+        self._large = 0  # open files that are read in blocks
 
     def init(self) -> None:
         """Take note that the kernel has answered: what comes next are requests."""
@@ -199,7 +199,9 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EROFS)
         opened = self._open.get(inode)
         if opened is None:
-            self._open[inode] = opened = [self._reader(inode), 0]
+            reader = self._reader(inode)
+            self._open[inode] = opened = [reader, 0]
+            self._large += reader is not None and reader.is_large
         opened[1] += 1
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
@@ -209,7 +211,7 @@ class Operations(pyfuse3.Operations):
             return None
         source, pinned = self.tree.object(node)
         digest = object_digest(self._stores[source].identity, pinned.path, pinned.tag, pinned.version)
-        return FileReader(PinnedFile(source, pinned, digest), self._fetcher, lambda: len(self._open))
+        return FileReader(PinnedFile(source, pinned, digest), self._fetcher, lambda: self._large)
 
     @guarded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
@@ -232,6 +234,7 @@ class Operations(pyfuse3.Operations):
             opened[1] -= 1
             if opened[1] <= 0:
                 del self._open[fh]
+                self._large -= opened[0] is not None and opened[0].is_large
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

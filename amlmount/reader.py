@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from amlmount.blocks import KIB, ByteRange, block_at, blocks_over
+from amlmount.blocks import BLOCK_SIZE, KIB, ByteRange, block_at, blocks_over
 from amlmount.fetch import Fetcher, PinnedFile
 from amlmount.window import ReadWindow
 
@@ -41,6 +41,11 @@ class FileReader:
         self._window = ReadWindow(self._size) if self._size > WHOLE else None
         self._pieces: deque[ByteRange] = deque(maxlen=PIECES)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the file is read in several blocks."""
+        return self._window is not None
+
     def __repr__(self) -> str:
         return f"<FileReader {self.file.object.path!r} {self._window!r}>"
 
@@ -57,12 +62,15 @@ class FileReader:
             if stop == self._size:
                 self._fetcher.spent(self.file, ByteRange(0, self._size))
             return data[offset:stop]
-        advice = self._window.observe(offset, stop - offset, self._fetcher.window_limit(self._readers()))
-        parts = self._split(ByteRange(offset, stop), exact=advice.exact)
+        limit = self._fetcher.window_limit(self._readers())
+        advice = self._window.observe(offset, stop - offset, limit)
+        # Where a reader's share of memory is no block, a block would be gone before its next read, and come again.
+        exact = advice.exact or limit < BLOCK_SIZE
+        parts = self._split(ByteRange(offset, stop), exact=exact)
         for part in parts:
             self._fetcher.start(self.file, part.held_in, part.within)
         if advice.ahead is not None:
-            advice.stream.ahead = self._fetch_ahead(advice.ahead, exact=advice.exact)
+            advice.stream.ahead = self._fetch_ahead(advice.ahead, exact=exact)
         if len(parts) == 1:
             return await self._take(parts[0])
         return b"".join([await self._take(part) for part in parts])

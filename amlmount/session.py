@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +64,17 @@ class MountSession:
         self._device = ""
 
     def _open_stores(self, sources: Sequence[Source]) -> list[Retrying]:
-        return [
-            Retrying(
-                open_store(
-                    self._catalog.access(source, os.environ), stall_timeout_s=self._settings.stall_timeout
-                ),
+        accesses = [self._catalog.access(source, os.environ) for source in sources]
+        opened = {
+            access: Retrying(
+                open_store(access, stall_timeout_s=self._settings.stall_timeout),
                 patience_s=self._settings.read_timeout,
                 counters=self._counters,
                 stop=self._stop,
             )
-            for source in sources
-        ]
+            for access in set(accesses)
+        }
+        return [opened[access] for access in accesses]
 
     def _options(self) -> set[str]:
         spec = self._spec
@@ -89,7 +91,7 @@ class MountSession:
         """
         spec, settings = self._spec, self._settings
         kernel.check_fuse(allow_other=spec.allow_other)
-        kernel.check_mount_point(spec.path, nonempty=spec.nonempty)
+        _raise_open_files()
         tune_malloc()
         budget = settings.memory_budget or default_budget(memory_limit())
         queue_bytes = min(budget // 8, 64 << 20)
@@ -128,17 +130,20 @@ class MountSession:
 
     async def _serve(self, answered: trio.Event, ready: Callable[[], None]) -> None:
         spec = self._spec
-        try:
-            pyfuse3.init(self._operations, spec.path, self._options())
-        except RuntimeError:
-            raise MountFailed(
-                f"{spec.path}: the kernel or fusermount3 refused the mount",
-                hint="the reason is in the line above",
-            ) from None
+        # libfuse stacks a second mount on a first without a word: look and mount as one step.
+        with channel.only_one(self._run, spec.path):
+            kernel.check_mount_point(spec.path, nonempty=spec.nonempty)
+            try:
+                pyfuse3.init(self._operations, spec.path, self._options())
+            except RuntimeError:
+                raise MountFailed(
+                    f"{spec.path}: the kernel or fusermount3 refused the mount",
+                    hint="the reason is in the line above",
+                ) from None
         mounted = kernel.mounted_at(spec.path)
         self._device = mounted.device if mounted else ""
         try:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._main, nursery.cancel_scope)
                     nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
@@ -223,6 +228,14 @@ class MountSession:
             started_ns=self._started_ns, files=self._operations.tree.info.files,
             bytes=self._operations.tree.info.bytes, statistics=statistics,
         )  # fmt: skip
+
+
+def _raise_open_files() -> None:
+    """Allow this process as many descriptors as it may have: each request to a store takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _exit_later() -> None:

@@ -43,9 +43,7 @@ class Location(NamedTuple):
 
 def looks_like_uri(text: str) -> bool:
     """Whether a REF is a place in storage, rather than a dataset's name."""
-    if text.startswith("azureml://datastores/"):
-        return True
-    if text.startswith("azureml:"):
+    if text.startswith("azureml:") and not text.startswith("azureml://"):
         return False
     return "://" in text or "/" in text or text in (".", "..")
 

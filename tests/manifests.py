@@ -11,7 +11,9 @@ from amlmount.dataset import ManifestEntry, ManifestInfo, Source
 HERE = Source(kind="blob", url="https://account.blob.core.windows.net/data", base="", uri="here")
 
 
-def file(path: str | bytes, size: int = 0, mtime_ns: int = 0, tag: str = "t", **more: object) -> ManifestEntry:
+def file(
+    path: str | bytes, size: int = 0, mtime_ns: int = 0, tag: str = "t", **more: object
+) -> ManifestEntry:
     """Return the entry of a file."""
     fields: dict[str, object] = {"md5": "", "source": 0, **more}
     raw = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")

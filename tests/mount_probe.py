@@ -15,6 +15,7 @@ import random
 import stat
 import struct
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -105,6 +106,13 @@ def outcome(path: str, offset: int = 0, length: int = 4096) -> str:
     finally:
         with suppress(OSError):  # where the mount has ended
             os.close(fd)
+
+
+def timed_outcome(path: str) -> tuple[str, float]:
+    """Return `outcome` and the seconds that it took."""
+    began = time.monotonic()
+    found = outcome(path)
+    return found, time.monotonic() - began
 
 
 def forget_pages(path: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -29,7 +31,24 @@ def test_refs(written: str, name: str, version: int | None) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["", ":2", "a:", "a:0", "a:-1", "a:x", "a:1.5", "a:٣", "a@newest", "a@", "a:1:2", "a b", "../a", ".a", "a\n", "é"],
+    [
+        "",
+        ":2",
+        "a:",
+        "a:0",
+        "a:-1",
+        "a:x",
+        "a:1.5",
+        "a:٣",
+        "a@newest",
+        "a@",
+        "a:1:2",
+        "a b",
+        "../a",
+        ".a",
+        "a\n",
+        "é",
+    ],
 )
 def test_refs_that_are_none(written: str) -> None:
     with pytest.raises(UsageError):
@@ -50,8 +69,8 @@ def test_a_ref_is_what_it_prints(name: str, version: int | None) -> None:
 def test_a_name_that_passes_is_safe_as_a_file_name(name: str) -> None:
     try:
         check_name(name, "dataset")
-    except UsageError as error:
-        assert error.hint
+    except UsageError:
+        assert "/" in name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or len(name) > 255
         return
     assert 0 < len(name) <= 255
     assert name.isascii()

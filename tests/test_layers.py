@@ -18,7 +18,8 @@ LAYERS = [
     ("pure core", "manifest builder tree window quota"),
     (
         "I/O leaves",
-        "stores stores.base stores.blob stores.blob_rest stores.local stores.retry credentials memory cache kernel",
+        "stores stores.base stores.blob stores.blob_rest stores.local stores.retry"
+        " credentials memory usage blockfile cache kernel",
     ),
     ("services", "catalog freeze fetch resolve"),
     ("one open file", "reader"),
@@ -34,7 +35,18 @@ PURE = {m for m, level in LEVEL.items() if level < 2}
 MAX_LINES = 400
 
 # Modules that do input or output, or wait, at import or by their nature: nothing of them belongs above the leaves.
-DEVICES = {"socket", "subprocess", "threading", "asyncio", "trio", "pyfuse3", "obstore", "urllib3", "azure", "psutil"}
+DEVICES = {
+    "socket",
+    "subprocess",
+    "threading",
+    "asyncio",
+    "trio",
+    "pyfuse3",
+    "obstore",
+    "urllib3",
+    "azure",
+    "psutil",
+}
 
 
 def modules() -> dict[str, Path]:

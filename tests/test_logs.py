@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -82,7 +83,9 @@ def stream() -> Iterator[io.StringIO]:
 def test_every_way_into_the_log_is_redacted(stream: io.StringIO) -> None:
     logs.configure("debug", stream)
     log = logs.get()
-    log.info(SECRETS[0], url=SECRETS[1], error=StoreError(SECRETS[2]), more={"sas": SECRETS[0]}, also=[SECRETS[4]])
+    log.info(
+        SECRETS[0], url=SECRETS[1], error=StoreError(SECRETS[2]), more={"sas": SECRETS[0]}, also=[SECRETS[4]]
+    )
     try:
         raise StoreError(f"cannot open {SECRETS[0]}")
     except StoreError:
@@ -123,7 +126,7 @@ def test_levels(stream: io.StringIO) -> None:
 
 def test_thinned_events(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     thinned = logs.Thinned(interval_s=60, keys=3)
     assert thinned.due("a") == 0
     assert [thinned.due("a") for _ in range(5)] == [None] * 5

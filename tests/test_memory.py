@@ -145,7 +145,9 @@ def test_the_default_budget(limit: int, budget: int) -> None:
 def test_the_smallest_limit_on_the_way_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(memory_module, "_cgroup_folders", lambda: [inner, inner.parent, tmp_path, tmp_path / "no"])
+    monkeypatch.setattr(
+        memory_module, "_cgroup_folders", lambda: [inner, inner.parent, tmp_path, tmp_path / "no"]
+    )
     machine = memory_limit()
     (inner / "memory.max").write_text("max\n")
     assert memory_limit() == machine

@@ -30,9 +30,7 @@ def test_evicting_what_is_asked_makes_room_or_empties_the_cache(
     assert evicted == used or quota.fits(used - evicted, free + evicted, need)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=50), st.integers(-5, 300)
-)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=50), st.integers(-5, 300))
 def test_victims_are_the_oldest_and_no_more_than_needed(blocks: list[tuple[int, int]], need: int) -> None:
     known = [Victim(used_ns, size, f"b{number}") for number, (used_ns, size) in enumerate(blocks)]
     chosen = victims(known, need)

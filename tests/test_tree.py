@@ -80,7 +80,7 @@ def test_dots() -> None:
 
 def test_names_that_are_not_there() -> None:
     with tree_of(file("a/b", 1), folder("e")) as tree:
-        for parent in range(0, 9):
+        for parent in range(9):
             assert tree.lookup(parent, b"nope") is None
         leaf = walk(tree, b"a/b")
         assert leaf is not None

@@ -45,7 +45,7 @@ _SAS_HOURS = 12
 _MONTHS = {name: number for number, name in enumerate(calendar.month_abbr) if name}
 _NEXT_MARKER = re.compile(rb"<NextMarker>([^<]+)</NextMarker>\s*</EnumerationResults>\s*\Z")
 _NOT_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#(?:x[01]?[0-9a-fA-F]|[0-2]?[0-9]|3[01]);")
-# Leaf elements that nobody here asks for: without them a page parses twice as fast (167,000 entries for 84,000/s).
+# Leaf elements nobody here asks for: without them a page parses twice as fast (167,000 entries/s for 84,000).
 _UNUSED = re.compile(
     rb"<(?:Creation-Time|Content-Type|Content-Encoding|Content-Language|Content-CRC64|Cache-Control|Content-Disposition"
     rb"|BlobType|AccessTier|AccessTierInferred|AccessTierChangeTime|LeaseStatus|LeaseState|LeaseDuration|ServerEncrypted"
