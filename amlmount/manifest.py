@@ -178,6 +178,13 @@ class Manifest:
         ).fetchone()
         return None if row is None else _node(row)
 
+    def any_file(self, source: int) -> Node | None:
+        """Return one file of a source, or None where it has none."""
+        row = self._db.execute(
+            f"SELECT {_COLUMNS} FROM node WHERE source = ? AND dir = 0 LIMIT 1", (source,)
+        ).fetchone()
+        return None if row is None else _node(row)
+
     def children(self, directory: Node, start: int = 0, limit: int = -1) -> list[Node]:
         """Return up to `limit` children of a directory in name order, from child number `start` (from 0) on."""
         if directory.children <= start:

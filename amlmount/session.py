@@ -30,7 +30,7 @@ from amlmount.cache import BlockCache
 from amlmount.catalog import Catalog
 from amlmount.config import Places, Settings, private_folder
 from amlmount.dataset import MountSpec, MountStatus, Source
-from amlmount.errors import AmlmountError, MountBusy, MountFailed, MountPointError
+from amlmount.errors import AccessDenied, AmlmountError, MountBusy, MountFailed, MountPointError, StoreError
 from amlmount.fetch import Fetcher
 from amlmount.manifest import Manifest
 from amlmount.memory import BlockMemory, default_budget, memory_limit, tune_malloc
@@ -43,6 +43,7 @@ STOP_S = 4.0
 """Seconds from SIGTERM to the end at the most; the rest of the 5 s that are promised is the interpreter's."""
 
 _UNMOUNT_S = 1.5
+_ACCESS_S = 3.0  # seconds to ask a store whether the credential is good
 _PLAIN = re.compile(r"[A-Za-z0-9:@._/-]{1,200}\Z")
 
 
@@ -111,6 +112,7 @@ class MountSession:
                 owner=owner, on_init=answered.set, null_reads=settings.null_reads,
             )  # fmt: skip
             try:
+                await self._check_access(tree, stores)
                 await self._serve(answered, ready)
             finally:
                 self._stop.set()
@@ -119,6 +121,28 @@ class MountSession:
                     self._cache.close(flush_s=1.0)
                 channel.remove_record(self._run, spec.path)
                 self._log.info("unmounted", path=spec.path, **self._counters.snapshot())
+
+    async def _check_access(self, tree: Tree, stores: Sequence[Retrying]) -> None:
+        """Raise AccessDenied where a store refuses the credential; a store out of reach is only told of.
+
+        What is cached can be read without it, and it may be back when it is needed.
+        """
+        asked: set[Retrying] = set()
+        for source, store in enumerate(stores):
+            one = tree.any_object(source)
+            if one is None or store in asked:
+                continue
+            asked.add(store)
+            # The store itself, not its retries: one answer is all that is wanted, and not for long.
+            with trio.move_on_after(_ACCESS_S) as patience:
+                try:
+                    await trio.to_thread.run_sync(store.store.head, one.object.path, abandon_on_cancel=True)
+                except AccessDenied:
+                    raise
+                except StoreError as error:
+                    self._log.warning("storage cannot be asked now; reads will try again", error=str(error))
+            if patience.cancelled_caught:
+                self._log.warning("storage does not answer now; reads will try again", store=store.identity)
 
     def _open_cache(self, stores: Sequence[Retrying], queue_bytes: int) -> BlockCache | None:
         if not any(store.cacheable for store in stores) or self._settings.cache_size == 0:

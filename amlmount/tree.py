@@ -76,6 +76,11 @@ class Tree:
             node = parent
         return text(b"/".join(reversed(parts)))
 
+    def any_object(self, source: int) -> FileObject | None:
+        """Return the object of one file of a source, or None where it has none."""
+        node = self._manifest.any_file(source)
+        return None if node is None else self.object(node)
+
     def object(self, node: Node) -> FileObject:
         """Return the pinned object behind a file's inode."""
         base = self.info.sources[node.source].base
