@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -91,8 +90,7 @@ class Catalog:
         """
         with Manifest(path) as manifest:
             info = manifest.info
-        origin = sha256(b"\0".join(f"{s.kind} {s.url} {s.base} {s.datastore}".encode() for s in info.sources))
-        name = f"{info.digest}-{origin.hexdigest()[:12]}.sqlite"
+            name = f"{info.digest}-{manifest.origin()[:12]}.sqlite"
         target = self.manifests / name
         if target.exists():
             path.unlink()

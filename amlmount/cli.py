@@ -94,7 +94,6 @@ def mount(
 
     del mode  # there is one
     settings = load(os.environ, flags).settings
-    logs.configure(settings.log_level)
     target = kernel.absolute(path)
     # Before a listing that may take long; the session looks again.
     kernel.check_fuse(allow_other=allow_other)
@@ -111,6 +110,7 @@ def mount(
     )  # fmt: skip
     size = f"{resolved.files:,} files, {human_bytes(resolved.bytes)}, digest {resolved.digest}"
     if foreground:
+        logs.configure(settings.log_level)
         _serve(
             spec,
             where,

@@ -15,6 +15,7 @@ import binascii
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,19 +46,21 @@ class SecretFolder:
         self._path = path
 
     def write(self, name: str, secret: str) -> None:
-        """Keep a secret; the file appears whole or not at all."""
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Keep a secret; the file appears whole or not at all. Raises SecretError where it cannot be written."""
         temporary = self._path / f".{name}.{os.getpid()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with os.fdopen(fd, "w") as file:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # of a process that was killed
+            with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
                 file.write(secret)
                 file.flush()
-                os.fsync(fd)
+                os.fsync(file.fileno())
             temporary.rename(self._path / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise SecretError(f"cannot keep a secret in {self._path}: {error.strerror}") from error
 
     def read(self, name: str) -> str:
         """Return a secret; raise SecretError where it is missing or others can read it."""

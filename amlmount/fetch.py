@@ -357,7 +357,9 @@ _FAR = 1e300
 
 def _fresh(error: AmlmountError) -> AmlmountError:
     """Return a copy of an error for one more reader: a traceback belongs to one task."""
-    return copy.copy(error).with_traceback(None)
+    fresh = copy.copy(error).with_traceback(None)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def _unexpected(error: Exception | None) -> AmlmountError:

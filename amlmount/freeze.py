@@ -168,7 +168,8 @@ def _entries(
             if match is None or match.fullmatch(name):
                 builder.reject(utf8(name[len(base) :]), reason)
         # The mark of the folder itself has no name in the tree.
-        yield [_entry(o, base, index) for o in listed if len(o.path) > len(base) or not o.is_dir], len(listed)
+        itself = base[:-1] if base else None
+        yield [_entry(o, base, index) for o in listed if o.path != itself or not o.is_dir], len(listed)
 
 
 def _entry(found: ListedObject, base: str, index: int) -> ManifestEntry:

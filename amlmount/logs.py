@@ -10,9 +10,10 @@ import logging
 import re
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import structlog
+if TYPE_CHECKING:
+    import structlog  # takes longer to import than most commands take: only what logs pays for it
 
 _SECRETS = (
     re.compile(r"(?i)((?<![a-z0-9_.-])sig(?:=|%3d))[^&\s'\";]+"),
@@ -46,6 +47,8 @@ class _Redacting(logging.Formatter):
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
     """Send logs of `level` and above to `stream` (standard error where None)."""
+    import structlog
+
     stream = stream or sys.stderr
     structlog.configure(
         processors=[
@@ -67,6 +70,8 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
 
 def get() -> structlog.typing.FilteringBoundLogger:
     """Return the process's logger."""
+    import structlog
+
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return logger
 

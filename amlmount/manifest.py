@@ -232,6 +232,15 @@ class Manifest:
             self.children(directory), key=lambda n: n.name + b"/" if n.is_dir and n.children else n.name
         )
 
+    def origin(self) -> str:
+        """Return 64 hexadecimal digits over what the digest leaves out: the sources, and which file is whose."""
+        sources = self.info.sources
+        origin = hashlib.sha256(b"\0".join(f"{s.kind} {s.url} {s.base} {s.datastore}".encode() for s in sources))
+        if len(sources) > 1:
+            for (source,) in self._db.execute("SELECT source FROM node WHERE dir = 0 ORDER BY ino"):
+                origin.update(b"\0%d" % source)
+        return origin.hexdigest()
+
     def rejected(self, limit: int = -1) -> list[tuple[bytes, str]]:
         """Return up to `limit` names that could not be in the tree, each with the reason."""
         return list(self._db.execute("SELECT path, reason FROM rejected ORDER BY path LIMIT ?", (limit,)))

@@ -14,7 +14,7 @@ import functools
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import pyfuse3
 import structlog
@@ -235,6 +235,13 @@ class Operations(pyfuse3.Operations):
             if opened[1] <= 0:
                 del self._open[fh]
                 self._large -= opened[0] is not None and opened[0].is_large
+
+    async def _refuse(self, *_: Any) -> NoReturn:
+        """Refuse a change. The kernel does that by itself, unless root mounts it anew without "ro"."""
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    mkdir = mknod = create = unlink = rmdir = symlink = link = rename = _refuse  # type: ignore[assignment]
+    setattr = write = setxattr = removexattr = _refuse  # type: ignore[assignment]
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

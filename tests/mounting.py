@@ -12,10 +12,12 @@ import os
 import pickle
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,6 +44,7 @@ ENDS_WITHIN_S = 5.0
 """What the README promises for the end of a session."""
 
 _SLACK_S = 2.0
+_PUBLIC = "amlmount-test-"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -488,6 +491,9 @@ def nothing_stays_mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for run in base.parent.glob("pytest-*"):
         if not _in_use(run):
             sweep(run)
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PUBLIC}*"):
+        if not running(int(folder.name.split("-")[2])):
+            sweep(folder)
     yield
     left = sweep(base)
     assert not left, f"still mounted after the tests: {left}"
@@ -512,6 +518,18 @@ def probe() -> Iterator[Probe]:
     """A process to touch mounts with."""
     with Probe() as probe:
         yield probe
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, as pytest's own is not."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PUBLIC}{os.getpid()}-"))
+    folder.chmod(0o755)
+    yield folder
+    sweep(folder)
+    left = [line.path for line in mount_lines() if Path(line.path).is_relative_to(folder)]
+    assert not left  # what is mounted there must not be removed with it
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from amlmount import memory as memory_module
 from amlmount.blocks import GIB, MIB, BlockKey
-from amlmount.memory import BlockMemory, default_budget, keep_malloc_small, memory_limit
+from amlmount.memory import BlockMemory, default_budget, tune_malloc, memory_limit
 from amlmount.metrics import Counters
 
 BUDGET = 100
@@ -74,6 +74,7 @@ class Model(RuleBasedStateMachine):
     def what_is_used_is_what_is_there(self) -> None:
         blocks = [*self.memory._live.values(), *self.memory._spent.values()]
         assert not set(self.memory._live) & set(self.memory._spent)
+        assert self.memory._spent_bytes == sum(len(b.data) for b in self.memory._spent.values())
         assert self.memory.used == sum(len(b.data) for b in blocks) + sum(self.leases)
         assert self.memory.used <= BUDGET
 
@@ -175,6 +176,6 @@ def test_no_cgroup_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_malloc_can_be_told() -> None:
-    keep_malloc_small()
-    keep_malloc_small()
+    tune_malloc()
+    tune_malloc()
     assert len(bytes(64 * MIB)) == 64 * MIB

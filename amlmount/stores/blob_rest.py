@@ -115,7 +115,7 @@ class ListPage:
             self._refused.append((name, "has a control character that a listing cannot carry"))
             return None
         if folder or fields.get("ResourceType") == "directory" or (name.endswith("/") and size == 0):
-            return ListedObject(name.rstrip("/"), 0, mtime_ns, "", "", True)
+            return ListedObject(name.removesuffix("/"), 0, mtime_ns, "", "", True)
         md5 = fields.get("Content-MD5")
         tag = (fields.get("Etag") or "").strip('"')
         return ListedObject(name, size, mtime_ns, tag, a2b_base64(md5).hex() if md5 else "")
