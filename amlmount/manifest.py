@@ -235,7 +235,9 @@ class Manifest:
     def origin(self) -> str:
         """Return 64 hexadecimal digits over what the digest leaves out: the sources, and which file is whose."""
         sources = self.info.sources
-        origin = hashlib.sha256(b"\0".join(f"{s.kind} {s.url} {s.base} {s.datastore}".encode() for s in sources))
+        origin = hashlib.sha256(
+            b"\0".join(f"{s.kind} {s.url} {s.base} {s.datastore}".encode() for s in sources)
+        )
         if len(sources) > 1:
             for (source,) in self._db.execute("SELECT source FROM node WHERE dir = 0 ORDER BY ino"):
                 origin.update(b"\0%d" % source)

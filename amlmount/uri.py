@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from amlmount.dataset import Datastore, StoreKind
+from amlmount.dataset import Datastore, StoreKind, printable
 from amlmount.errors import DatastoreNotFound, UriError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
@@ -80,6 +80,8 @@ def parse(uri: str, *, cwd: str, datastores: Sequence[Datastore] = ()) -> Locati
 def _local(uri: str, path: str, cwd: str) -> Location:
     if not path.startswith("/"):
         path = f"{cwd.rstrip('/')}/{path}"
+    if any("\ud800" <= char <= "\udfff" for char in path):
+        raise UriError(f"{printable(path)} is not UTF-8", hint="bind-mount it, or name a folder above it")
     folder = path.endswith(("/", "/."))
     parts: list[str] = []
     for part in path.split("/"):

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from amlmount import memory as memory_module
 from amlmount.blocks import GIB, MIB, BlockKey
-from amlmount.memory import BlockMemory, default_budget, tune_malloc, memory_limit
+from amlmount.memory import BlockMemory, default_budget, memory_limit, tune_malloc
 from amlmount.metrics import Counters
 
 BUDGET = 100
