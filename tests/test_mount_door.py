@@ -19,7 +19,7 @@ import pytest
 
 import amlmount
 from tests import mount_probe as on
-from tests.mounting import Done, Home, Probe, compare_trees, mount_lines, mounted, running, tmpfs
+from tests.mounting import Done, Home, MountLine, Probe, compare_trees, mount_lines, mounted, running, tmpfs
 from tests.servers.azurite import Azurite
 from tests.servers.faults import FaultProxy, Stall
 from tests.servers.fixtures import unavailable
@@ -58,6 +58,11 @@ def sessions(home: Home) -> list[int]:
     return found
 
 
+def mounts_of(home: Home) -> list[MountLine]:
+    """Return the mounts in this test's folder; other people mount, too."""
+    return [line for line in mount_lines() if Path(line.path).is_relative_to(home.folder.parent)]
+
+
 def refused(
     home: Home,
     *words: str | Path,
@@ -66,16 +71,16 @@ def refused(
     environ: dict[str, str] | None = None,
 ) -> str:
     """Run a command that must fail; return the one line that it says. Nothing may be left."""
-    before = mount_lines()
+    before = mounts_of(home)
     done = home.run(*words, code=code, prefix=prefix, environ=environ or {})
     return only_line(home, done, before)
 
 
-def only_line(home: Home, done: Done, before: Sequence[object]) -> str:
+def only_line(home: Home, done: Done, before: Sequence[MountLine]) -> str:
     assert done.out == ""
     [line] = done.err.splitlines()
     assert line.startswith("amlmount: ")
-    assert mount_lines() == before
+    assert mounts_of(home) == before
     assert sessions(home) == []
     run = home.folder / "run"
     assert [*run.glob("*.json"), *run.glob("*.sock")] == []
