@@ -178,6 +178,13 @@ class Manifest:
         ).fetchone()
         return None if row is None else _node(row)
 
+    def run(self, ino: int, limit: int) -> list[Node]:
+        """Return up to `limit` inodes from number `ino` on, in order."""
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM node WHERE ino >= ? ORDER BY ino LIMIT ?", (ino, limit)
+        )
+        return [_node(row) for row in rows]
+
     def any_file(self, source: int) -> Node | None:
         """Return one file of a source, or None where it has none."""
         row = self._db.execute(

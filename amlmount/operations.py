@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import pyfuse3
 import structlog
 
+from amlmount.across import AcrossFiles
 from amlmount.blocks import object_digest
 from amlmount.dataset import printable
 from amlmount.errors import AmlmountError, ObjectChanged
@@ -96,6 +97,7 @@ class Operations(pyfuse3.Operations):
         self._on_init = on_init
         self._zeros = memoryview(bytes(1 << 20)) if null_reads else None
         self._thinned = Thinned()
+        self._across = None if fetcher is None else AcrossFiles(tree, fetcher, self._pinned)
         self._open: dict[int, list[Any]] = {}  # inode: [reader, times opened]
         self._large = 0  # open files that are read in blocks
 
@@ -202,6 +204,8 @@ class Operations(pyfuse3.Operations):
             reader = self._reader(inode)
             self._open[inode] = opened = [reader, 0]
             self._large += reader is not None and reader.is_large
+            if self._across is not None:
+                self._across.opened(inode)
         opened[1] += 1
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
@@ -209,9 +213,12 @@ class Operations(pyfuse3.Operations):
         node = self._node(ino)
         if self._fetcher is None:
             return None
+        return FileReader(self._pinned(node), self._fetcher, lambda: self._large)
+
+    def _pinned(self, node: Node) -> PinnedFile:
         source, pinned = self.tree.object(node)
         digest = object_digest(self._stores[source].identity, pinned.path, pinned.tag, pinned.version)
-        return FileReader(PinnedFile(source, pinned, digest), self._fetcher, lambda: self._large)
+        return PinnedFile(source, pinned, digest)
 
     @guarded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:

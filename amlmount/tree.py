@@ -76,6 +76,13 @@ class Tree:
             node = parent
         return text(b"/".join(reversed(parts)))
 
+    def run(self, ino: int, limit: int) -> Sequence[Node]:
+        """Return up to `limit` inodes from number `ino` on, in order; they are remembered, as they are wanted soon."""
+        nodes = self._manifest.run(ino, limit)
+        for node in nodes:
+            self._nodes[node.ino] = node
+        return nodes
+
     def any_object(self, source: int) -> FileObject | None:
         """Return the object of one file of a source, or None where it has none."""
         node = self._manifest.any_file(source)

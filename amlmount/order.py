@@ -1,0 +1,79 @@
+"""Which files come next: decided from the inodes that are opened, O(1) each, no I/O.
+
+Inodes are numbered so that the files of a directory, and of the next directory beside it, follow each other in the
+order of their names (`manifest`). Reading a dataset in its listing's order is therefore counting. Several processes
+that share the work open files a little out of order: an open within `JUMP` of where a stream stands continues it.
+
+As in `window`, a stream never has more ahead of it than it has opened, so that what is fetched for nothing stays below
+what was asked for; when the opens stop or go elsewhere, so does fetching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STREAMS = 8
+"""Places in the tree where files are read in order at the same time."""
+
+JUMP = 64
+"""Inodes that an open may be ahead of or behind its stream: eight workers with batches of eight files."""
+
+STARTS_AFTER = 2
+"""Opens in a row before files are fetched ahead: one may be chance."""
+
+DENSITY = 4
+"""A stream must have opened one in so many of the inodes that it passed: random opens near each other have not."""
+
+MAX_FILES = 1024
+"""Files ahead of one stream at the most; memory ends it earlier for all but the smallest files."""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One pass over consecutive inodes."""
+
+    begin: int
+    position: int
+    """The highest inode opened."""
+    opened: int
+    """Files opened in a row."""
+    ahead: int
+    """The next inode to fetch; set back where less was possible."""
+
+    def wanted(self) -> range:
+        """Return the inodes to fetch now, those fetched already left out."""
+        if self.opened < STARTS_AFTER or self.opened * DENSITY < self.position - self.begin:
+            return range(0)
+        start = max(self.ahead, self.position + 1)
+        return range(start, self.position + 1 + min(2 * self.opened, MAX_FILES))
+
+
+class FileOrder:
+    """The streams of one mount."""
+
+    def __init__(self) -> None:
+        self._streams: list[Stream] = []  # the one that moved last is last
+
+    def __repr__(self) -> str:
+        return f"<FileOrder {len(self._streams)} streams>"
+
+    def observe(self, ino: int) -> Stream:
+        """Take note that a file was opened; return the stream that it continues or begins."""
+        best: Stream | None = None
+        for stream in self._streams:
+            distance = abs(ino - stream.position)
+            if distance <= JUMP and (best is None or distance < abs(ino - best.position)):
+                best = stream
+        if best is None:
+            if len(self._streams) >= STREAMS:
+                self._streams.pop(0)
+            best = Stream(ino, ino, 1, ino + 1)
+        else:
+            self._streams.remove(best)
+            if ino > best.position:
+                best.position = ino
+                best.opened += 1
+            elif ino < best.position - JUMP // 2:
+                best.opened = max(1, best.opened // 2)  # going back, or about at random: no order to follow
+        self._streams.append(best)
+        return best
