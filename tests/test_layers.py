@@ -15,14 +15,14 @@ TOP = Path(amlmount.__file__).parent
 
 LAYERS = [
     ("vocabulary", "errors blocks dataset uri config logs metrics"),
-    ("pure core", "manifest builder tree window quota"),
+    ("pure core", "manifest builder tree window order quota"),
     (
         "I/O leaves",
         "stores stores.base stores.blob stores.blob_rest stores.local stores.retry"
         " credentials memory usage blockfile cache kernel",
     ),
     ("services", "catalog freeze fetch resolve"),
-    ("one open file", "reader"),
+    ("one open file", "reader across"),
     ("adapter", "operations"),
     ("composition", "channel session launch"),
     ("entry", "cli cli_catalog cli_datastore demo __main__"),
