@@ -211,6 +211,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Home:
 )
 def test_what_there_is_not(ref: str, code: int, says: str, knowing: Home, point: Path) -> None:
     line = refused(knowing, "mount", ref, point, code=code)
+    assert not mounted(point)
     assert says in line
     assert "SECRET" not in line
 
