@@ -85,6 +85,14 @@ def test_object_digests_differ_when_anything_differs(
     assert (object_digest(*one) == object_digest(*other)) == (one == other)
 
 
+@given(st.text("ab/", max_size=6), st.integers(0, 6), st.integers(0, 6))
+def test_object_digests_know_where_a_field_ends(text: str, one: int, other: int) -> None:
+    digests = {
+        object_digest("s", text[:at], text[at:]) for at in (min(one, len(text)), min(other, len(text)))
+    }
+    assert len(digests) == len({min(one, len(text)), min(other, len(text))})
+
+
 def test_an_object_digest_takes_names_that_are_not_utf8() -> None:
     assert len(object_digest("file:///", "/a\udcff", "1-2")) == 32
 

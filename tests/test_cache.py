@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from amlmount.blockfile import BlockFileWriter
 from amlmount.blocks import KIB, MIB, BlockKey
 from amlmount.cache import FORMAT, HEADER_BYTES, BlockCache, decode, encode_header, space_of
 from amlmount.metrics import Counters
@@ -512,6 +513,36 @@ def test_a_count_made_anew_does_not_lose_a_block_on_its_way(
     settle(opened)
     assert len(disk.files()) == 6
     assert opened.used() == disk.real()
+
+
+def test_space_set_aside_but_not_written_yet_is_not_free(
+    tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmpfs("size=4m"))
+    floor = 3 * MIB
+    one, other = disk.open(min_free=floor), disk.open(min_free=floor)
+    arrived, go = threading.Event(), threading.Event()
+    write = BlockFileWriter.write
+
+    def late(self: BlockFileWriter, *args: Any) -> None:
+        arrived.set()
+        go.wait(20)
+        write(self, *args)
+
+    monkeypatch.setattr(BlockFileWriter, "write", late)
+    assert one.offer(*block(1, 600_000))
+    assert arrived.wait(20)
+    assert other.offer(*block(2, 600_000))
+    with other._wake:  # it is refused at once, or waits at the same place
+        other._wake.wait_for(lambda: other._queued == 0, 0.3)
+    go.set()
+    settle(one)
+    settle(other)
+    free = os.statvfs(disk.folder)
+    assert free.f_bavail * free.f_frsize >= floor
+    assert there(one, 1, 2, size=600_000) == [1]
+    for each in (one, other):
+        each.close()
 
 
 @pytest.mark.parametrize("lost", [b"", b"\0" * 3, None])

@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -166,6 +167,26 @@ def test_processes_that_register_at_once_get_versions_of_their_own(catalog: Cata
     assert [process.returncode for process in processes] == [0] * 4
     assert sorted(int(version) for version, _ in told) == list(range(1, 33))
     assert {(str(r.version), r.digest) for r in catalog.versions()} == {tuple(line) for line in told}
+
+
+def test_a_version_is_taken_by_one_at_a_time(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = keep(catalog, "mine"), keep(catalog, "theirs")
+    versions: list[int] = []
+    other = threading.Thread(
+        target=lambda: versions.append(catalog.add_version("weather", theirs)[0].version)
+    )
+    real = time.time_ns
+
+    def between_looking_and_writing() -> int:
+        if not other.ident:
+            other.start()
+            other.join(0.3)  # it may be done now, or wait its turn
+        return real()
+
+    monkeypatch.setattr(time, "time_ns", between_looking_and_writing)
+    assert catalog.add_version("weather", mine)[0].version == 1
+    other.join(20)
+    assert versions == [2]
 
 
 def test_a_kill_in_the_middle_of_a_register_loses_nothing(catalog: Catalog) -> None:
