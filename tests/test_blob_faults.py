@@ -52,7 +52,7 @@ pytestmark = pytest.mark.azurite
 
 DATA = bytes(i * 7 % 251 for i in range(100_000))
 NAME = "dir/data.bin"
-STALL_S = 0.4
+STALL_S = 0.25
 
 
 class Blob:
@@ -79,11 +79,20 @@ class Blob:
         return bytes(store.read(self.pinned, 1000, 51_000)), counters
 
 
+@pytest.fixture(scope="module")
+def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
+    with FaultProxy(azurite.url) as made:
+        yield made
+
+
 @pytest.fixture
-def blob(azurite: Azurite, faults: FaultProxy, container: str) -> Iterator[Blob]:
-    made = Blob(azurite, faults, container)
+def blob(azurite: Azurite, proxy: FaultProxy, container: str) -> Iterator[Blob]:
+    proxy.forget()
+    made = Blob(azurite, proxy, container)
     yield made
     made.store.close()
+    proxy.clear()
+    proxy.release()
 
 
 # One fault, one error ------------------------------------------------------------------------------------------
@@ -256,11 +265,12 @@ def test_a_redirect_takes_no_secret_and_no_bytes_elsewhere(blob: Blob, public_co
 
 
 def test_nobody_there(blob: Blob) -> None:
-    blob.faults.close()
+    with FaultProxy(blob.azurite.url) as gone:
+        store = blob.open(Access("blob", f"{gone.url}/{blob.container}", "acc", "sas", blob.sas))
     for attempt in (0, 1):
         with pytest.raises(TransientStoreError):
-            blob.read(attempt=attempt)
-    for call in (lambda: blob.store.head(NAME), lambda: blob.store.list_page("", "")):
+            store.read(blob.pinned, 0, 10, attempt)
+    for call in (lambda: store.head(NAME), lambda: store.list_page("", "")):
         with pytest.raises(TransientStoreError, match="refused"):
             call()
 
