@@ -128,7 +128,8 @@ def freeze(
         except (NothingThere, ObjectMissing):
             if not may_be_empty:
                 raise
-    fd, name = tempfile.mkstemp(prefix=".freezing-", suffix=".sqlite", dir=folder)
+    _remove_unfinished(folder)
+    fd, name = tempfile.mkstemp(prefix=f".freezing-{os.getpid()}-", suffix=".sqlite", dir=folder)
     os.close(fd)
     path = Path(name)
     seen = 0
@@ -149,6 +150,14 @@ def freeze(
     with Manifest(path) as manifest:
         rejected = manifest.rejected(20)
     return Frozen(path, info, rejected)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a freeze left that was killed."""
+    for left in folder.glob(".freezing-*"):
+        pid = left.name.split("-")[1]
+        if not os.path.exists(f"/proc/{pid}"):
+            left.unlink(missing_ok=True)
 
 
 def _entries(

@@ -1,8 +1,8 @@
 """What to fetch ahead of the readers of one file: decided from the reads alone, O(1) each, no I/O.
 
 The rule that bounds waste: a stream never has more bytes ahead of it than it has read (half as many while it is short),
-so what is fetched stays under twice what is asked. A stream that began at the file's first byte is most likely read to
-the end: it may be four times ahead of what it has read.
+so what is fetched stays under twice what is asked, give or take a block. A stream that began at the file's first byte
+is most likely read to the end: it may be four times ahead of what it has read.
 
 Several readers of one file, in whatever processes, are told apart by where they read: a read that begins where a
 stream stands (give or take the jumps that kernel read-ahead makes) continues it, any other begins a new one.

@@ -520,3 +520,18 @@ def test_what_storage_refuses(home: Home, azurite: Azurite, container: str, faul
     said = home.fails(24, "verify", "w", AMLMOUNT_READ_TIMEOUT="1", **environ)
     assert "gave up" in said
     assert list((home.folder / "manifests").glob(".*")) == []
+
+
+def test_a_register_removes_what_a_killed_one_left(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "state"
+    home = Home(folder)
+    home.register("w", data)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    left = folder / "manifests" / f".freezing-{dead.stdout.strip()}-abc.sqlite"
+    under_way = folder / "manifests" / f".freezing-{os.getpid()}-abc.sqlite"
+    for path in (left, under_way):
+        path.touch()
+    home.register("w", data)
+    assert (left.exists(), under_way.exists()) == (False, True)
