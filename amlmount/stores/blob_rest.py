@@ -17,6 +17,8 @@ import calendar
 import re
 import threading
 from binascii import a2b_base64
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -155,12 +157,8 @@ class BlobRest:
         if marker:
             query += f"&marker={quote(marker, safe='')}"
         response = self._request("GET", "", query, {})
-        try:
+        with _body_of(response, self._url):
             return ListPage(response.read(decode_content=True))
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise TransientStoreError(f"{self._url}: the listing broke off: {_reason(error)}") from error
-        finally:
-            response.release_conn()
 
     def head(self, path: str, extra: dict[str, str] | None = None) -> ListedObject | None:
         """Return a blob's properties, or None where there is none."""
@@ -190,7 +188,7 @@ class BlobRest:
         query = f"versionid={quote(obj.version)}" if obj.version else ""
         what = printable(obj.path)
         response = self._request("GET", obj.path, query, headers)
-        try:
+        with _body_of(response, what):
             if response.status != 206:
                 raise TransientStoreError(f"{what}: status {response.status} for a range")
             if (response.headers.get("ETag") or "").strip('"') != obj.tag:
@@ -199,10 +197,6 @@ class BlobRest:
             if (got := response.headers.get("Content-Range", "")) != wanted:
                 raise TransientStoreError(f"{what}: the store sent {got!r} for {wanted!r}")
             data = response.read(decode_content=False)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise TransientStoreError(f"{what}: the answer broke off: {_reason(error)}") from error
-        finally:
-            response.release_conn()
         if len(data) != stop - start:
             raise TransientStoreError(f"{what}: {len(data)} bytes of {stop - start}")
         return memoryview(data)
@@ -309,6 +303,22 @@ class BlobRest:
             except (AzureError, ValueError):
                 self.anonymous = True
                 return None
+
+
+@contextmanager
+def _body_of(response: urllib3.BaseHTTPResponse, what: str) -> Iterator[None]:
+    """Read an answer's body: a connection goes back for more only where all of it was read, else its rest would come
+    in front of the next answer.
+    """
+    try:
+        yield
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        response.close()
+        raise TransientStoreError(f"{what}: the answer broke off: {_reason(error)}") from error
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
 
 
 def _host(url: str) -> str:
