@@ -226,7 +226,8 @@ class Operations(pyfuse3.Operations):
         counters = self._counters
         counters.reads += 1
         if self._zeros is not None:
-            return self._zeros[: max(0, min(size, self._node(fh).size - off))]  # type: ignore[return-value]
+            length = max(0, min(size, self._node(fh).size - off))
+            return self._zeros[:length]  # type: ignore[return-value]  # a buffer, as below
         opened = self._open.get(fh)
         reader: FileReader | None = self._reader(fh) if opened is None else opened[0]
         assert reader is not None, "only a session that answers with zeros has none"

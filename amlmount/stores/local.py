@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from amlmount.dataset import ListedObject, ObjectId, printable
 from amlmount.errors import AccessDenied, ObjectChanged, ObjectMissing, StoreError, TransientStoreError
@@ -29,7 +29,7 @@ class LocalStore:
     cacheable = False
 
     def __init__(self) -> None:
-        self._walks: dict[str, Iterator[ListedPage]] = {}
+        self._walks: dict[str, Generator[ListedPage, None, None]] = {}
 
     def list_page(self, prefix: str, marker: str) -> ListedPage:
         """List the files below the folder `prefix` (which ends in '/'), and its empty and non-empty folders."""
@@ -37,10 +37,10 @@ class LocalStore:
             self._walks[prefix] = self._walk(prefix)
         page = next(self._walks[prefix])
         if not page.next_marker:
-            self._walks.pop(prefix).close()  # type: ignore[attr-defined]
+            self._walks.pop(prefix).close()
         return page
 
-    def _walk(self, prefix: str) -> Iterator[ListedPage]:
+    def _walk(self, prefix: str) -> Generator[ListedPage, None, None]:
         listed: list[ListedObject] = []
         refused: list[tuple[str, str]] = []
         folders = [prefix]
