@@ -1,7 +1,7 @@
 """Fetches files before they are opened: what `order` expects, through the fetcher, as far as memory goes.
 
 Small files are fetched whole; of a larger one its first block, from where its own window goes on. No tasks: the work is
-done in the call that notes an open, a few files at a time.
+done in the call that notes a file, a few files at a time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class AcrossFiles:
         self._pinned = pinned
         self._order = FileOrder()
 
-    def opened(self, ino: int) -> None:
-        """Take note of an open and fetch what comes next."""
+    def reached(self, ino: int) -> None:
+        """Take note that a file is read now and fetch what comes next."""
         stream = self._order.observe(ino)
         wanted = stream.wanted()[:AT_ONCE]
+        wanted = range(wanted.start, min(wanted.stop, self._tree.level_end(stream.position)))
         if not wanted:
             return
         for node in self._tree.run(wanted.start, len(wanted)):

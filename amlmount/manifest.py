@@ -185,6 +185,17 @@ class Manifest:
         )
         return [_node(row) for row in rows]
 
+    def levels(self) -> list[int]:
+        """Return the first inode of each depth, the root's and one past the last included."""
+        found, begin, end = [ROOT], ROOT, ROOT + 1
+        last = self._db.execute("SELECT max(ino) FROM node").fetchone()[0]
+        while end <= last:
+            # The children of a depth's last folder end the next depth.
+            query = "SELECT first + count FROM node WHERE ino >= ? AND ino < ? AND count > 0 ORDER BY ino DESC LIMIT 1"
+            begin, end = end, self._db.execute(query, (begin, end)).fetchone()[0]
+            found.append(begin)
+        return [*found, end]
+
     def any_file(self, source: int) -> Node | None:
         """Return one file of a source, or None where it has none."""
         row = self._db.execute(

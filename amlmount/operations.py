@@ -98,7 +98,7 @@ class Operations(pyfuse3.Operations):
         self._zeros = memoryview(bytes(1 << 20)) if null_reads else None
         self._thinned = Thinned()
         self._across = None if fetcher is None else AcrossFiles(tree, fetcher, self._pinned)
-        self._open: dict[int, list[Any]] = {}  # inode: [reader, times opened]
+        self._open: dict[int, list[Any]] = {}  # inode: [reader, times opened, whether it was read]
         self._large = 0  # open files that are read in blocks
 
     def init(self) -> None:
@@ -202,10 +202,8 @@ class Operations(pyfuse3.Operations):
         opened = self._open.get(inode)
         if opened is None:
             reader = self._reader(inode)
-            self._open[inode] = opened = [reader, 0]
+            self._open[inode] = opened = [reader, 0, False]
             self._large += reader is not None and reader.is_large
-            if self._across is not None:
-                self._across.opened(inode)
         opened[1] += 1
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
@@ -231,6 +229,10 @@ class Operations(pyfuse3.Operations):
         opened = self._open.get(fh)
         reader: FileReader | None = self._reader(fh) if opened is None else opened[0]
         assert reader is not None, "only a session that answers with zeros has none"
+        if self._across is not None and opened is not None and not opened[2]:
+            # Not at the open: what the page cache holds is opened and not read, and the next files may be there too.
+            opened[2] = True
+            self._across.reached(fh)
         data = await reader.read(off, size)
         counters.bytes_asked += len(data)
         return data  # type: ignore[return-value]  # any contiguous buffer will do, without a copy

@@ -1,4 +1,4 @@
-"""Which files come next: decided from the inodes that are opened, O(1) each, no I/O.
+"""Which files come next: decided from the inodes that are read, O(1) each, no I/O.
 
 Inodes are numbered so that the files of a directory, and of the next directory beside it, follow each other in the
 order of their names (`manifest`). Reading a dataset in its listing's order is therefore counting. Several processes

@@ -5,6 +5,7 @@ Pure but for SQLite page reads. Not safe for several threads; the session's one 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Tree:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._nodes: LRUCache[int, Node] = LRUCache(_NODES)
+        self._levels = manifest.levels()
 
     @property
     def info(self) -> ManifestInfo:
@@ -75,6 +77,13 @@ class Tree:
             assert parent is not None, "every inode but the root has a parent: Manifest.check"
             node = parent
         return text(b"/".join(reversed(parts)))
+
+    def level_end(self, ino: int) -> int:
+        """Return the inode after the last one as deep in the tree as `ino`.
+
+        Up to there numbers follow a walk of the tree; what comes after lies deeper, and a walk has been there.
+        """
+        return self._levels[bisect_right(self._levels, ino)]
 
     def run(self, ino: int, limit: int) -> Sequence[Node]:
         """Return up to `limit` inodes from number `ino` on, in order; they are remembered, as they are wanted soon."""

@@ -112,3 +112,16 @@ def test_nodes_that_are_remembered_are_the_manifests() -> None:
         first = [tree.get(ino) for ino in range(1, 202)]
         assert [tree.get(ino) for ino in range(1, 202)] == first
         assert [n.size for n in first[1:] if n is not None] == list(range(200))
+
+
+def test_levels_end_where_the_next_depth_begins() -> None:
+    paths = ["a/b/c/x", "a/b/y", "a/z", "d/b/q", "e", "f/g"]
+    with tree_of(*map(file, paths), folder("h")) as tree:
+        depths: dict[int, int] = {}
+        for ino in range(2, tree.inodes + 1):
+            node = tree.get(ino)
+            assert node is not None
+            depths[ino] = tree.path(node).count("/")
+        for ino, depth in depths.items():
+            same = [other for other, its in depths.items() if its == depth]
+            assert tree.level_end(ino) == max(same) + 1
