@@ -20,7 +20,7 @@ import msgspec
 import psutil
 import trio
 
-from amlmount.dataset import MountStatus
+from amlmount.dataset import MountStatus, utf8
 
 MAX_QUESTION = 1 << 20
 _ANSWER_TIMEOUT_S = 10
@@ -38,7 +38,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _stem(path: str) -> str:
-    return sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return sha256(utf8(path)).hexdigest()[:16]
 
 
 def write_record(run: Path, record: SessionRecord) -> None:

@@ -62,7 +62,6 @@ class Flight:
         "done",
         "error",
         "file",
-        "from_disk",
         "key",
         "leased",
         "phase_since",
@@ -82,7 +81,6 @@ class Flight:
         self.done = trio.Event()
         self.data: memoryview | None = None
         self.error: AmlmountError | None = None
-        self.from_disk = False
         self.skip_disk = False
         self.try_no = 0
         self.phase_since = math.inf

@@ -22,7 +22,7 @@ import psutil
 
 from amlmount import channel, kernel
 from amlmount.config import Places, private_folder
-from amlmount.dataset import MountSpec
+from amlmount.dataset import MountSpec, utf8
 from amlmount.errors import AmlmountError, MountBusy, MountFailed, NotMounted
 
 _TERMINATE_S = 10.0
@@ -50,7 +50,7 @@ class SessionFailed(AmlmountError):
 def log_file(where: Places, path: str) -> Path:
     """Return the log file of the session at a mount point."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path).strip("-")[-80:]
-    return where.logs / f"{name}-{sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}.log"
+    return where.logs / f"{name}-{sha256(utf8(path)).hexdigest()[:8]}.log"
 
 
 def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout_s: float) -> Report:
@@ -145,9 +145,7 @@ def stop(where: Places, path: str, *, lazy: bool, force: bool) -> dict[str, Any]
     mounted = kernel.mounted_at(path)
     record = channel.read_record(where.run, path)
     if mounted is None or mounted.fstype != kernel.FSTYPE:
-        channel_is_stale = record is not None and not channel.is_alive(record)
-        if channel_is_stale:
-            channel.remove_dead_record(where.run, path)
+        channel.remove_dead_record(where.run, path)
         other = "" if mounted is None else f" ({mounted.fstype} is)"
         raise NotMounted(f"amlmount has nothing mounted at {path}{other}")
     if force:
@@ -161,8 +159,7 @@ def stop(where: Places, path: str, *, lazy: bool, force: bool) -> dict[str, Any]
             raise MountBusy(f"{path} is unmounted, but its session {record.pid} goes on", hint="--force")
         with suppress(psutil.NoSuchProcess):
             psutil.Process(record.pid).kill()
-    if record is not None and not channel.is_alive(record):
-        channel.remove_dead_record(where.run, path)
+    channel.remove_dead_record(where.run, path)
     return {"path": path, "ref": record.ref if record else mounted.source}
 
 

@@ -17,7 +17,7 @@ def file(
     """Return the entry of a file."""
     fields: dict[str, object] = {"md5": "", "source": 0, **more}
     raw = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
-    return ManifestEntry(raw, size, mtime_ns, tag, **fields)  # type: ignore[arg-type]
+    return ManifestEntry(raw, size, mtime_ns, tag, **fields)  # type: ignore[arg-type]  # fields of several types, by name
 
 
 def folder(path: str | bytes, mtime_ns: int = 0, source: int = 0) -> ManifestEntry:
