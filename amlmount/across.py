@@ -1,4 +1,4 @@
-"""Fetches files before they are opened: what `order` expects, through the fetcher, as far as memory goes.
+"""Fetches files before they are read: what an order expects, through the fetcher, as far as memory goes.
 
 Small files are fetched whole; of a larger one its first block, from where its own window goes on. No tasks: the work is
 done in the call that notes a file, a few files at a time.
@@ -6,12 +6,13 @@ done in the call that notes a file, a few files at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from amlmount.blocks import block_at
-from amlmount.fetch import Fetcher, PinnedFile
+from amlmount.fetch import Fetcher
 from amlmount.manifest import Node
 from amlmount.order import FileOrder
+from amlmount.reader import FileReader
 from amlmount.tree import Tree
 
 AT_ONCE = 16
@@ -21,10 +22,10 @@ AT_ONCE = 16
 class AcrossFiles:
     """Read-ahead from file to file, for one mount."""
 
-    def __init__(self, tree: Tree, fetcher: Fetcher, pinned: Callable[[Node], PinnedFile]) -> None:
+    def __init__(self, tree: Tree, fetcher: Fetcher, reader: Callable[[int, Node], FileReader]) -> None:
         self._tree = tree
         self._fetcher = fetcher
-        self._pinned = pinned
+        self._reader = reader
         self._order = FileOrder()
 
     def reached(self, ino: int) -> None:
@@ -32,12 +33,17 @@ class AcrossFiles:
         stream = self._order.observe(ino)
         wanted = stream.wanted()[:AT_ONCE]
         wanted = range(wanted.start, min(wanted.stop, self._tree.level_end(stream.position)))
-        if not wanted:
-            return
-        for node in self._tree.run(wanted.start, len(wanted)):
+        if wanted:
+            fetched = self._fetch(self._tree.run(wanted.start, len(wanted)))
+            stream.ahead = wanted.start + fetched
+
+    def _fetch(self, nodes: Iterable[Node]) -> int:
+        """Fetch the beginnings of files ahead of need; return how many, which is fewer where memory is short."""
+        done = 0
+        for node in nodes:
             if not node.is_dir and node.size:
-                file = self._pinned(node)
+                file = self._reader(node.ino, node).file
                 if not self._fetcher.ahead(file, block_at(0, node.size)):
-                    stream.ahead = node.ino
-                    return
-        stream.ahead = wanted.stop
+                    break
+            done += 1
+        return done

@@ -35,6 +35,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started_at: float
     """The process's start time, in seconds since 1970, so that a reused process number is noticed."""
+    manifest: str = ""
+    """Absolute path of the manifest file: whoever has names to ask about resolves them there."""
 
 
 def _stem(path: str) -> str:
@@ -133,7 +135,7 @@ def ask(run: Path, path: str, question: dict[str, Any], timeout_s: float = 3.0) 
 async def serve(
     run: Path,
     path: str,
-    answer: Callable[[dict[str, Any]], dict[str, Any]],
+    answer: Callable[[dict[str, Any], bytes], dict[str, Any]],
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -157,7 +159,7 @@ async def serve(
             decoded = json.loads(question)
             # Not on the event loop: an answer may look at the cache disk, and one that hangs must not stop the mount.
             question_of = decoded if isinstance(decoded, dict) else {}
-            said = await trio.to_thread.run_sync(answer, question_of, abandon_on_cancel=True)
+            said = await trio.to_thread.run_sync(answer, question_of, b"", abandon_on_cancel=True)
             await stream.send_all(json.dumps(said).encode())
         await trio.aclose_forcefully(stream)
 

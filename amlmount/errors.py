@@ -5,6 +5,7 @@ A class says what a failure means to the two kinds of people who meet it: a prog
 Libraries' own exceptions are translated where they are called and never travel further.
 
     AmlmountError                 1  EIO
+      NoSuchInode                 1  ESTALE   a number that this manifest has not: from an earlier mount
       UsageError                  2  EINVAL   the command's words are off
       DriftFound                  3  ESTALE   verify: the store no longer holds what was frozen
       ConfigError                 4  EINVAL   a setting's name or value is wrong
@@ -51,6 +52,12 @@ class AmlmountError(Exception):
     def line(self) -> str:
         """Return the one line that a person sees."""
         return f"{self} ({self.hint})" if self.hint else str(self)
+
+
+class NoSuchInode(AmlmountError):
+    """An inode's number that the manifest has not."""
+
+    errno = errno.ESTALE
 
 
 class UsageError(AmlmountError):

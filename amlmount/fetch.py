@@ -62,6 +62,7 @@ class Flight:
         "done",
         "error",
         "file",
+        "from_disk",
         "key",
         "leased",
         "phase_since",
@@ -81,6 +82,7 @@ class Flight:
         self.done = trio.Event()
         self.data: memoryview | None = None
         self.error: AmlmountError | None = None
+        self.from_disk = False
         self.skip_disk = False
         self.try_no = 0
         self.phase_since = math.inf
@@ -137,6 +139,27 @@ class Fetcher:
         """Whether a block is in memory or on its way."""
         return key in self._memory or key in self._flights
 
+    def holds(self, key: BlockKey) -> bool:
+        """Whether a block is in memory."""
+        return key in self._memory
+
+    def now(self, key: BlockKey) -> memoryview | None:
+        """Return a block's bytes where memory holds them."""
+        block = self._memory.get(key)
+        if block is None:
+            return None
+        if block.ahead:
+            block.ahead = False
+            self._counters.prefetch_used += 1
+        self._counters.memory_hits += 1
+        return block.data
+
+    def take(self, key: BlockKey) -> memoryview:
+        """Return the bytes of a block that memory `holds`."""
+        data = self.now(key)
+        assert data is not None
+        return data
+
     def ahead(self, file: PinnedFile, wanted: ByteRange) -> bool:
         """Fetch a block that nobody waits for; False where memory or the store's mood do not allow it now."""
         key = file.key(wanted)
@@ -181,23 +204,25 @@ class Fetcher:
         key = file.key(wanted)
         with trio.move_on_after(self._deadline_s):
             while True:
-                block = self._memory.get(key)
-                if block is not None:
-                    if block.ahead:
-                        block.ahead = False
-                        self._counters.prefetch_used += 1
-                    self._counters.memory_hits += 1
-                    return block.data
+                data = self.now(key)
+                if data is not None:
+                    return data
                 if (error := self._recent_failure(file)) is not None:
                     raise error
                 flight = self.start(file, wanted, within)
                 if flight is None:
                     if key not in self._memory:
-                        await (
-                            self._room.wait()
-                        )  # replaced at every release, so it is looked up anew each time
+                        since = time.monotonic()
+                        room = self._room  # replaced at every release, so it is looked up anew each time
+                        await room.wait()
+                        self._counters.wait_memory_s += time.monotonic() - since
                     continue
+                since = time.monotonic()
                 await flight.done.wait()
+                if flight.from_disk:
+                    self._counters.wait_disk_s += time.monotonic() - since
+                else:
+                    self._counters.wait_store_s += time.monotonic() - since
                 if flight.error is not None:
                     raise _fresh(flight.error)
                 assert flight.data is not None
@@ -207,9 +232,9 @@ class Fetcher:
         self._failed[file.digest] = (time.monotonic() + FAILED_FOR_S, late)
         raise late
 
-    def spent(self, file: PinnedFile, wanted: ByteRange) -> None:
+    def spent(self, key: BlockKey) -> None:
         """Note that a block was read to its end."""
-        self._memory.spent(file.key(wanted))
+        self._memory.spent(key)
 
     def _recent_failure(self, file: PinnedFile) -> AmlmountError | None:
         failed = self._failed.get(file.digest)
@@ -251,6 +276,7 @@ class Fetcher:
         room.set()
 
     def _land(self, flight: Flight, key: BlockKey, data: memoryview, from_disk: bool) -> None:
+        flight.from_disk = from_disk
         if from_disk:
             self._counters.bytes_from_disk += len(data)
         else:

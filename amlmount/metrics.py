@@ -49,6 +49,16 @@ class Counters:
     cache_corrupt: int = 0
     """Blocks on the cache disk that failed their checksum and were fetched again."""
     cache_evicted: int = 0
+    waiting_s: float = 0.0
+    """Seconds in which at least one read was waiting for its bytes."""
+    busy_s: float = 0.0
+    """Seconds that the event loop spent on answering requests."""
+    wait_store_s: float = 0.0
+    """Seconds that reads waited for the store, summed over the reads."""
+    wait_disk_s: float = 0.0
+    """The same for the cache disk."""
+    wait_memory_s: float = 0.0
+    """The same for room in the memory budget."""
     stale_reads: int = 0
     """Reads refused with ESTALE."""
 

@@ -7,18 +7,21 @@ moment from the manifest alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from amlmount.blocks import BLOCK_SIZE, KIB, ByteRange, block_at, blocks_over
 from amlmount.fetch import Fetcher, PinnedFile
-from amlmount.window import ReadWindow
+from amlmount.window import ReadWindow, Stream
 
 WHOLE = 256 * KIB
 """Bytes up to which a file is fetched whole whatever part of it is read: a quarter of a round trip at 80 MB/s."""
 
 PIECES = 32
 """Ranges fetched by themselves, not as blocks, that are remembered for a file."""
+
+
+Buffer = bytes | memoryview
 
 
 class Part(NamedTuple):
@@ -31,7 +34,9 @@ class Part(NamedTuple):
 
 
 class FileReader:
-    """The reads of one file."""
+    """The reads of one file. Follow each `begin` with `go_on`, once the read is answered or under way."""
+
+    __slots__ = ("_advice", "_fetcher", "_pieces", "_readers", "_size", "_whole", "_window", "file")
 
     def __init__(self, file: PinnedFile, fetcher: Fetcher, readers: Callable[[], int]) -> None:
         self.file = file
@@ -39,47 +44,71 @@ class FileReader:
         self._fetcher = fetcher
         self._readers = readers
         self._window = ReadWindow(self._size) if self._size > WHOLE else None
+        self._whole = file.key(ByteRange(0, self._size))
         self._pieces: deque[ByteRange] = deque(maxlen=PIECES)
+        self._advice: tuple[Stream, ByteRange, bool] | None = None
 
     @property
     def is_large(self) -> bool:
         """Whether the file is read in several blocks."""
         return self._window is not None
 
+    @property
+    def size(self) -> int:
+        """The file's bytes."""
+        return self._size
+
     def __repr__(self) -> str:
         return f"<FileReader {self.file.object.path!r} {self._window!r}>"
 
-    async def read(self, offset: int, length: int) -> memoryview | bytes:
-        """Return the file's bytes [offset, offset + length), fewer only at its end.
+    def begin(self, offset: int, length: int) -> tuple[Buffer, ...] | list[Part]:
+        """Return the file's bytes [offset, offset + length), fewer only at its end, as one or more buffers.
 
-        Raises what `Fetcher.get` raises.
+        What is not in memory is set under way; then a list of the read's parts comes back, for `complete`.
         """
         stop = min(offset + length, self._size)
         if offset >= stop:
-            return b""
+            return (b"",)
+        fetcher = self._fetcher
         if self._window is None:
-            data = await self._fetcher.get(self.file, ByteRange(0, self._size))
+            data = fetcher.now(self._whole)
+            if data is None:
+                whole = ByteRange(0, self._size)
+                fetcher.start(self.file, whole)
+                return [Part(ByteRange(offset, stop), whole, None)]
             if stop == self._size:
-                self._fetcher.spent(self.file, ByteRange(0, self._size))
-            return data[offset:stop]
-        limit = self._fetcher.window_limit(self._readers())
+                fetcher.spent(self._whole)
+            return (data[offset:stop],)
+        limit = fetcher.window_limit(self._readers())
         advice = self._window.observe(offset, stop - offset, limit)
         # Where a reader's share of memory is no block, a block would be gone before its next read, and come again.
         exact = advice.exact or limit < BLOCK_SIZE
         parts = self._split(ByteRange(offset, stop), exact=exact)
-        for part in parts:
-            self._fetcher.start(self.file, part.held_in, part.within)
         if advice.ahead is not None:
-            advice.stream.ahead = self._fetch_ahead(advice.ahead, exact=exact)
-        if len(parts) == 1:
-            return await self._take(parts[0])
-        return b"".join([await self._take(part) for part in parts])
+            self._advice = advice.stream, advice.ahead, exact
+        keys = [self.file.key(part.held_in) for part in parts]
+        if not all(map(fetcher.holds, keys)):
+            for part in parts:
+                fetcher.start(self.file, part.held_in, part.within)
+            return parts
+        return tuple(self._cut(part, fetcher.take(key)) for part, key in zip(parts, keys, strict=True))
 
-    async def _take(self, part: Part) -> memoryview:
-        data = await self._fetcher.get(self.file, part.held_in, part.within)
+    def go_on(self) -> None:
+        """Fetch what the last read's window wants."""
+        if self._advice is not None:
+            (stream, ahead, exact), self._advice = self._advice, None
+            stream.ahead = self._fetch_ahead(ahead, exact=exact)
+
+    async def complete(self, parts: Sequence[Part]) -> tuple[Buffer, ...]:
+        """Wait for the parts of a read, and return its bytes; raise what `Fetcher.get` raises."""
+        return tuple(
+            [self._cut(part, await self._fetcher.get(self.file, part.held_in, part.within)) for part in parts]
+        )
+
+    def _cut(self, part: Part, data: memoryview) -> memoryview:
         start = part.held_in.start
         if part.part.stop == part.held_in.stop:
-            self._fetcher.spent(self.file, part.held_in)
+            self._fetcher.spent(self.file.key(part.held_in))
         return data[part.part.start - start : part.part.stop - start]
 
     def _split(self, wanted: ByteRange, *, exact: bool) -> list[Part]:

@@ -30,12 +30,14 @@ from amlmount.cache import BlockCache
 from amlmount.catalog import Catalog
 from amlmount.config import Places, Settings, private_folder
 from amlmount.dataset import MountSpec, MountStatus, Source
+from amlmount.desk import Desk, Owner
 from amlmount.errors import AccessDenied, AmlmountError, MountBusy, MountFailed, MountPointError, StoreError
 from amlmount.fetch import Fetcher
 from amlmount.manifest import Manifest
 from amlmount.memory import BlockMemory, default_budget, memory_limit, tune_malloc
 from amlmount.metrics import Counters
-from amlmount.operations import Operations, Owner
+from amlmount.operations import Operations
+from amlmount.relay import Relay, device_fds
 from amlmount.stores import Retrying, open_store
 from amlmount.tree import Tree
 
@@ -106,11 +108,13 @@ class MountSession:
                 threads=settings.connections, read_timeout_s=settings.read_timeout,
             )  # fmt: skip
             answered = trio.Event()
-            owner = Owner(spec.uid, spec.gid, spec.umask)
-            self._operations = Operations(
+            self._desk = Desk(
                 tree, stores, self._fetcher, self._counters, self._log,
-                owner=owner, on_init=answered.set, null_reads=settings.null_reads,
+                owner=Owner(spec.uid, spec.gid, spec.umask), null_reads=settings.null_reads,
             )  # fmt: skip
+            self._operations = Operations(
+                self._desk, stores, on_init=answered.set, handleless=lambda: self._relay.handleless
+            )
             try:
                 await self._check_access(tree, stores)
                 await self._serve(answered, ready)
@@ -157,6 +161,7 @@ class MountSession:
         # libfuse stacks a second mount on a first without a word: look and mount as one step.
         with channel.only_one(self._run, spec.path):
             kernel.check_mount_point(spec.path, nonempty=spec.nonempty)
+            before = device_fds()
             try:
                 pyfuse3.init(self._operations, spec.path, self._options())
             except RuntimeError:
@@ -166,6 +171,8 @@ class MountSession:
                 ) from None
         mounted = kernel.mounted_at(spec.path)
         self._device = mounted.device if mounted else ""
+        (opened,) = device_fds() - before
+        self._relay = Relay(opened, self._desk, self._counters)
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with trio.open_nursery() as nursery:
@@ -187,6 +194,7 @@ class MountSession:
                             digest=spec.digest,
                             pid=os.getpid(),
                             started_at=started_at,
+                            manifest=spec.manifest,
                         ),
                     )
                     self._state = "mounted"
@@ -196,10 +204,14 @@ class MountSession:
             raise MountFailed(f"{spec.path}: the kernel did not answer in 30 s") from None
         finally:
             self._unmount_now()
+            self._relay.close()
             pyfuse3.close(unmount=False)
 
     async def _main(self, scope: trio.CancelScope) -> None:
-        await pyfuse3.main()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            await self._relay.run()
+            pyfuse3.terminate()
         scope.cancel()
 
     async def _end_on_signal(self, signals: Any, scope: trio.CancelScope) -> None:
@@ -229,11 +241,16 @@ class MountSession:
         except MountPointError as error:
             self._log.error(error.line(), path=path)
 
-    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, question: dict[str, Any], body: bytes) -> dict[str, Any]:
         if question.get("ask") == "status":
             answer: dict[str, Any] = msgspec.to_builtins(self.status())
             return answer
+        if question.get("ask") == "prefetch":
+            return self._declare(question, body)
         return {"error": "unknown question"}
+
+    def _declare(self, question: dict[str, Any], body: bytes) -> dict[str, Any]:
+        return {"error": "not yet"}
 
     def status(self) -> MountStatus:
         """Return what this session is and has done."""
@@ -241,7 +258,7 @@ class MountSession:
         statistics |= {
             "memory_bytes": self._memory.used,
             "memory_budget_bytes": self._memory.budget,
-            "open_files": self._operations.open_files,
+            "active_files": self._desk.active_files(),
             "in_flight": self._fetcher.in_flight(),
         }
         if self._cache is not None:
@@ -249,8 +266,8 @@ class MountSession:
         spec = self._spec
         return MountStatus(
             ref=spec.ref, path=spec.path, digest=spec.digest, mode="mount", state=self._state, pid=os.getpid(),
-            started_ns=self._started_ns, files=self._operations.tree.info.files,
-            bytes=self._operations.tree.info.bytes, statistics=statistics,
+            started_ns=self._started_ns, files=self._desk.tree.info.files,
+            bytes=self._desk.tree.info.bytes, statistics=statistics,
         )  # fmt: skip
 
 

@@ -1,0 +1,178 @@
+"""Stands between the kernel and pyfuse3: answers names and reads itself, passes everything else on.
+
+pyfuse3 is given one end of a socket in place of /dev/fuse, and reads and writes messages there as it would on the
+device. What a training job sends most, LOOKUP and READ, never gets there: here each is one read(2), one answer out of
+memory and one writev(2), with no task, no lock and no wait between them (a third of the processor time that the
+library's loop takes). Reads that have to wait become tasks.
+
+Passing on also gives what the library has no knob for: opens and closes that cost no message (its `read` is told a
+handle, never the inode), the kernel's own cache of directories, and more requests under way for read-ahead.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from amlmount import wire
+from amlmount.desk import FOR_EVER_S, Desk, Waiting
+from amlmount.metrics import Counters
+from amlmount.reader import Buffer
+
+DEVICE = "/dev/fuse"
+
+BACKGROUND = 64
+"""Read-ahead requests that the kernel may have under way."""
+
+_AT_ONCE = 8  # requests between two turns of the event loop: 0.3 ms
+_LISTING = 128 << 10  # bytes of one answer to READDIRPLUS: what fits a socket's buffer by default
+_GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF)  # unmounted, aborted
+
+
+def device_fds() -> set[int]:
+    """Return this process's descriptors of /dev/fuse."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == DEVICE:
+                found.add(int(name))
+    return found
+
+
+class Relay:
+    """The traffic of one mount. Made after the mount, before the library's loop begins."""
+
+    def __init__(self, library_fd: int, desk: Desk, counters: Counters) -> None:
+        """Take over the descriptor that the library has of the device, and give it a socket instead."""
+        self._device = os.dup(library_fd)
+        os.set_blocking(self._device, False)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _LISTING)
+            os.dup2(theirs.fileno(), library_fd, inheritable=False)
+        self._library = trio.socket.from_stdlib_socket(ours)
+        self._desk = desk
+        self._counters = counters
+        self._buffer = bytearray(wire.MIN_READ_BUFFER)
+        self._init = 0
+        self.handleless = wire.Handleless(files=False, folders=False)
+        self._passing: list[bytes] = []
+
+    def __repr__(self) -> str:
+        return f"<Relay of descriptor {self._device}>"
+
+    async def run(self) -> None:
+        """Serve until the mount is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._answers)
+            await self._requests(nursery)
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Let go of the device."""
+        self._library.close()
+        if self._device >= 0:
+            os.close(self._device)
+            self._device = -1
+
+    async def _requests(self, nursery: trio.Nursery) -> None:
+        buffers = [self._buffer]
+        view = memoryview(self._buffer)
+        counters = self._counters
+        while True:
+            began = time.perf_counter()
+            idle = False
+            for _ in range(_AT_ONCE):
+                try:
+                    length = os.readv(self._device, buffers)
+                except BlockingIOError:
+                    idle = True
+                    break
+                except OSError as error:
+                    if error.errno in _GONE:
+                        return
+                    if error.errno not in (errno.ENOENT, errno.EINTR):  # a request that was taken back
+                        raise
+                    continue
+                self._serve(view[:length], nursery)
+            while self._passing:
+                await self._library.send(self._passing.pop(0))
+            counters.busy_s += time.perf_counter() - began
+            if idle:
+                await trio.lowlevel.wait_readable(self._device)
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def _serve(self, message: memoryview, nursery: trio.Nursery) -> None:
+        _, opcode, unique, ino, _, _, _, _, _ = wire.HEADER.unpack_from(message)
+        if opcode == wire.READ:
+            try:
+                found = self._desk.read(ino, *wire.read_in(message))
+                if isinstance(found, Waiting):
+                    nursery.start_soon(self._read_later, unique, found)
+                else:
+                    self._reply(unique, found)
+                self._desk.go_on()
+            except Exception as error:  # noqa: BLE001  # whatever it is, one request fails and the mount lives on
+                self._refuse(unique, error, ino)
+        elif opcode == wire.LOOKUP:
+            try:
+                found_entry = self._desk.lookup(ino, wire.lookup_name(message))
+            except Exception as error:  # noqa: BLE001
+                self._refuse(unique, error, ino)
+            else:
+                self._write(
+                    [
+                        wire.no_entry(unique, FOR_EVER_S)
+                        if found_entry is None
+                        else wire.entry(unique, found_entry, FOR_EVER_S)
+                    ]
+                )
+        elif opcode in (wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT):
+            return  # inodes are rows of the manifest; and who interrupts a read has its answer soon enough
+        elif opcode in (wire.READDIR, wire.READDIRPLUS):
+            self._passing.append(wire.with_handle(message, ino, _LISTING))
+        else:
+            if opcode == wire.INIT:
+                self._init = unique
+                self.handleless = wire.handleless(message)
+            self._passing.append(bytes(message))
+
+    async def _read_later(self, unique: int, waiting: Waiting) -> None:
+        try:
+            found = await self._desk.wait(waiting)
+        except Exception as error:  # noqa: BLE001
+            self._refuse(unique, error, waiting.ino)
+        else:
+            self._reply(unique, found)
+
+    def _reply(self, unique: int, found: Sequence[Buffer]) -> None:
+        self._write([wire.reply(unique, sum(map(len, found))), *found])
+
+    def _refuse(self, unique: int, error: Exception, ino: int) -> None:
+        self._write([wire.refusal(unique, self._desk.refuse(error, ino))])
+
+    def _write(self, answer: Sequence[Buffer]) -> None:
+        try:
+            os.writev(self._device, answer)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *_GONE):  # nobody waits for it any more
+                raise
+
+    async def _answers(self) -> None:
+        """Carry the library's answers to the kernel."""
+        while True:
+            answer = await self._library.recv(2 * _LISTING)
+            if not answer:
+                return
+            if self._init and int.from_bytes(answer[8:16], "little") == self._init:
+                self._init = 0
+                answer = wire.amended_init(memoryview(answer), BACKGROUND)
+            self._write([answer])
