@@ -1,10 +1,11 @@
 """The disk tier: blocks as immutable files named by content identity, shared by every mount of a user.
 
-Layout, below `cache_dir/v1` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`; `tmp/`, files
-being written; `usage` and two locks beside it, the shared count of bytes (see that module).
+Layout, below `cache_dir/v2` (mode 0700): `ab/cdef...`, a file a block, named by `BlockKey.digest()`, or a pack of small
+blocks (see `packs`), named at random; `packs.sqlite`, their index; `tmp/`, files being written; `usage` and two locks
+beside it, the shared count of bytes (see that module).
 
-A block file is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
-a CRC-32C of itself; a file that fails any of them is removed, counted, and fetched again. So nothing is ever synced: a
+A block's record is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
+a CRC-32C of itself; what fails any of them is dropped, counted, and fetched again. So nothing is ever synced: a
 torn file after a crash is a missed block. Files appear by rename.
 
 Nothing here raises into a read. A disk that fails, is full, read-only or gone costs speed: blocks are not written, and
@@ -21,7 +22,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,17 +30,24 @@ import crc32c
 import structlog
 
 from amlmount.blockfile import BlockFileWriter
-from amlmount.blocks import BLOCK_SIZE, MIB, BlockKey
+from amlmount.blocks import BLOCK_SIZE, KIB, MIB, BlockKey
 from amlmount.logs import Thinned
 from amlmount.metrics import Counters
+from amlmount.packs import PackIndex, Read, read_records
 from amlmount.quota import Quota, Victim, limit_of, victims
 from amlmount.usage import Usage
 
-FORMAT = "v1"
+FORMAT = "v2"
 _MAGIC = b"AMLB\x00\x01"
 _HEADER = struct.Struct("<6sHQI32s8x")  # magic, reserved, data length, data CRC-32C, key digest
 HEADER_BYTES = _HEADER.size + 4  # ends with the CRC-32C of what is before it
 _PAGE = 4096
+PACKED_BELOW = 512 * KIB
+"""Bytes of a block from which it has a file of its own."""
+
+_PACK_BYTES = BLOCK_SIZE  # of a full pack: 40 files of 100 KB
+_PACK_BLOCKS = 500  # one call writes no more than 1,024 pieces (IOV_MAX)
+_LINGER_S = 0.25  # a small block waits so long for company
 _GROUP = 50_000  # blocks looked at together when evicting: 10 MB of memory
 _TOUCH_NS = 600 * 1_000_000_000  # a hit is noted on disk when the last note is older than this
 _ERRORS = 3
@@ -54,7 +62,7 @@ def encode_header(key: BlockKey, data: memoryview) -> bytes:
     return head + struct.pack("<I", crc32c.crc32c(head))
 
 
-def decode(key: BlockKey, raw: bytes) -> memoryview | None:
+def decode(key: BlockKey, raw: bytes | bytearray) -> memoryview | None:
     """Return the data of a block file's content, or None where anything about it is wrong."""
     if len(raw) != HEADER_BYTES + key.length:
         return None
@@ -67,6 +75,17 @@ def decode(key: BlockKey, raw: bytes) -> memoryview | None:
     if magic != _MAGIC or length != len(data) or digest != key.digest() or crc32c.crc32c(data) != crc:
         return None
     return data
+
+
+def _record(key: BlockKey) -> int:
+    return HEADER_BYTES + key.length
+
+
+def _starts(blocks: Iterable[tuple[BlockKey, memoryview]]) -> Iterator[tuple[BlockKey, int]]:
+    at = 0
+    for key, _ in blocks:
+        yield key, at
+        at += _record(key)
 
 
 def space_of(length: int) -> int:
@@ -86,7 +105,9 @@ class BlockCache:
         queue_bytes: int,
         counters: Counters,
         log: structlog.typing.FilteringBoundLogger,
+        packed_below: int = PACKED_BELOW,
     ) -> None:
+        self._packed_below = packed_below
         self._top = folder / FORMAT
         self._cache_size = cache_size
         self._min_free = min_free
@@ -98,11 +119,15 @@ class BlockCache:
         self._down_until = 0.0
         self._no_write_until = 0.0
         self._queue: deque[tuple[BlockKey, memoryview]] = deque()
+        self._small: list[tuple[BlockKey, memoryview]] = []
+        self._small_bytes = 0
+        self._small_since = 0.0
         self._queued = 0
         self._wake = threading.Condition()
         self._closing = False
         self._names = 0
         self._usage = Usage(self._top)
+        self._index = PackIndex(self._top / "packs.sqlite")
         self._quota = Quota(0, min_free)
         self.enabled = cache_size != 0 and self._prepare()
         if self.enabled:
@@ -156,48 +181,82 @@ class BlockCache:
                 with suppress(OSError):
                     os.unlink(entry.path)
 
-    def _path(self, key: BlockKey) -> str:
-        name = key.digest().hex()
+    def _path(self, name: str) -> str:
         return f"{self._top}/{name[:2]}/{name[2:]}"
 
     # Reading
 
     def read(self, key: BlockKey) -> memoryview | None:
         """Return a block's bytes, or None where it is not there, damaged, or the disk fails."""
+        return self.read_all([key])[0]
+
+    def read_all(self, keys: Sequence[BlockKey]) -> list[memoryview | None]:
+        """Return what `read` would of each: those that lie together on the disk are read together."""
         if not self.enabled or time.monotonic() < self._down_until:
-            return None
-        path = self._path(key)
+            return [None] * len(keys)
+        found: dict[BlockKey, memoryview | None] = {}
+        packed = [key for key in keys if key.length < self._packed_below]
+        try:
+            if packed:
+                found = self._read_packed(packed)
+            for key in keys:
+                if key.length >= self._packed_below:
+                    found[key] = self._read_file(
+                        self._path(key.digest().hex()), [Read(key, 0, _record(key))]
+                    ).get(key)
+            self._errors = 0
+        except OSError as error:
+            self._failed("read", error)
+        self._counters.cache_misses += len(keys) - len(found)
+        return [found.get(key) for key in keys]
+
+    def _read_packed(self, keys: Sequence[BlockKey]) -> dict[BlockKey, memoryview | None]:
+        packs: dict[str, list[Read]] = {}
+        for key, place in self._index.find(keys).items():
+            packs.setdefault(place.pack, []).append(Read(key, place.start, _record(key)))
+        found: dict[BlockKey, memoryview | None] = {}
+        for name, records in packs.items():
+            try:
+                found |= self._read_file(self._path(name), records)
+            except FileNotFoundError:
+                self._index.forget_packs([name])
+        return found
+
+    def _read_file(self, path: str, records: Sequence[Read]) -> dict[BlockKey, memoryview]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            self._counters.cache_misses += 1
-            return None
-        except OSError as error:
-            self._failed("read", error)
-            return None
+            if len(records) == 1 and records[0].key.length >= self._packed_below:
+                return {}
+            raise
+        found = {}
         try:
-            raw = os.pread(fd, HEADER_BYTES + key.length + 1, 0)
-            if time.time_ns() - os.fstat(fd).st_mtime_ns > _TOUCH_NS:
+            status = os.fstat(fd)
+            if time.time_ns() - status.st_mtime_ns > _TOUCH_NS:
                 with suppress(OSError):  # a read-only disk can still be read
                     os.utime(fd)
-            if key.length >= MIB:
+            for key, raw in read_records(fd, records):
+                data = decode(key, raw)
+                if data is None or (key.length >= self._packed_below and status.st_size != len(raw)):
+                    self._damaged(path, key)
+                else:
+                    self._counters.cache_hits += 1
+                    found[key] = data
+            if sum(record.length for record in records) >= MIB:
                 # The kernel keeps these bytes for the mount already: once is enough.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            self._failed("read", error)
-            return None
         finally:
             os.close(fd)
-        self._errors = 0
-        data = decode(key, raw)
-        if data is None:
-            self._counters.cache_corrupt += 1
-            if self._thinned.due("corrupt") is not None:
-                self._log.warning("a damaged block in the cache was dropped and is fetched again", file=path)
+        return found
+
+    def _damaged(self, path: str, key: BlockKey) -> None:
+        self._counters.cache_corrupt += 1
+        if self._thinned.due("corrupt") is not None:
+            self._log.warning("a damaged block in the cache was dropped and is fetched again", file=path)
+        if key.length < self._packed_below:
+            self._index.forget_block(key)
+        else:
             self._remove(path, space_of(key.length), damaged=True)
-            return None
-        self._counters.cache_hits += 1
-        return data
 
     def _remove(self, path: str, space: int, *, damaged: bool = False) -> bool:
         try:
@@ -238,9 +297,17 @@ class BlockCache:
             if refused or self._queued + len(data) > self._queue_limit:
                 self._counters.cache_dropped += self.enabled
                 return False
-            self._queue.append((key, data))
             self._queued += len(data)
-            self._wake.notify()
+            if len(data) >= self._packed_below:
+                self._queue.append((key, data))
+                self._wake.notify()
+            else:
+                self._small.append((key, data))
+                self._small_bytes += _record(key)
+                if len(self._small) == 1:
+                    self._small_since = now
+                if len(self._small) == 1 or self._small_bytes >= _PACK_BYTES:
+                    self._wake.notify()
         return True
 
     def _tidy(self) -> None:
@@ -258,38 +325,71 @@ class BlockCache:
         if first:
             self._tidy()
         files = BlockFileWriter(HEADER_BYTES + BLOCK_SIZE)
-        while True:
-            with self._wake:
-                while not self._queue:
-                    if self._closing:
-                        return
-                    self._wake.wait()
-                key, data = self._queue.popleft()
-            size = len(data)
+        while (blocks := self._next()) is not None:
             try:
-                written = self._write(files, key, data)
+                written = self._write(files, blocks)
             except OSError as error:
                 self._failed("write", error)
                 written = False
             if written:
-                self._counters.cache_writes += 1
+                self._counters.cache_writes += len(blocks)
             else:
-                self._counters.cache_dropped += 1
-            del data
+                self._counters.cache_dropped += len(blocks)
+            size = sum(len(data) for _, data in blocks)
+            del blocks
             with self._wake:
                 self._queued -= size
                 self._wake.notify_all()
 
-    def _write(self, files: BlockFileWriter, key: BlockKey, data: memoryview) -> bool:
-        path = self._path(key)
-        if os.path.lexists(path):
-            return True
-        space = space_of(len(data))
+    def _next(self) -> list[tuple[BlockKey, memoryview]] | None:
+        """Wait for a large block or enough small ones; None at the end."""
+        with self._wake:
+            while True:
+                if self._queue:
+                    return [self._queue.popleft()]
+                wait_s = None
+                if self._small:
+                    wait_s = self._small_since + _LINGER_S - time.monotonic()
+                    if self._small_bytes >= _PACK_BYTES or wait_s <= 0 or self._closing:
+                        return self._take_small()
+                elif self._closing:
+                    return None
+                self._wake.wait(wait_s)
+
+    def _take_small(self) -> list[tuple[BlockKey, memoryview]]:
+        size = count = 0
+        for key, _ in self._small[:_PACK_BLOCKS]:
+            if count and size + _record(key) > _PACK_BYTES:
+                break
+            size += _record(key)
+            count += 1
+        taken, self._small = self._small[:count], self._small[count:]
+        self._small_bytes -= size
+        self._small_since = time.monotonic()
+        return taken
+
+    def _write(self, files: BlockFileWriter, blocks: list[tuple[BlockKey, memoryview]]) -> bool:
+        packed = blocks[0][0].length < self._packed_below
+        if packed:
+            there = self._index.find([key for key, _ in blocks])
+            blocks = [
+                (key, data) for key, data in {key: data for key, data in blocks}.items() if key not in there
+            ]
+            if not blocks:
+                return True
+            name = os.urandom(32).hex()
+        else:
+            name = blocks[0][0].digest().hex()
+            if os.path.lexists(self._path(name)):
+                return True
+        space = space_of(sum(_record(key) for key, _ in blocks) - HEADER_BYTES)
         for evicted in (False, True):
             with self._writing():
                 short = self._reserve(space)
                 if short is None:
-                    self._publish(files, key, data, path, space)
+                    self._publish(files, blocks, name, space)
+                    if packed:
+                        self._index.add(name, _starts(blocks))
                     return True
             if not evicted:
                 self._evict(short)
@@ -303,13 +403,16 @@ class BlockCache:
             yield
 
     def _publish(
-        self, files: BlockFileWriter, key: BlockKey, data: memoryview, path: str, space: int
+        self, files: BlockFileWriter, blocks: Sequence[tuple[BlockKey, memoryview]], name: str, space: int
     ) -> None:
-        """Write a block whose space is set aside; where that fails, give it back."""
+        """Write a block or a pack whose space is set aside; where that fails, give it back."""
+        path = self._path(name)
         self._names += 1
         temporary = str(self._top / "tmp" / f"{os.getpid()}-{threading.get_native_id()}-{self._names}")
         try:
-            files.write(temporary, encode_header(key, data), data)
+            files.write(
+                temporary, [part for key, data in blocks for part in (encode_header(key, data), data)]
+            )
             with suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path), 0o700)
             with self._usage.locked() as count:
@@ -360,10 +463,13 @@ class BlockCache:
                     # This group's part of what has to go: names are hashes, so a group is a fair sample of all ages.
                     last = index == len(shards) - 1
                     part = need - gone if last else need * size // max(sweep.used, size)
-                    for victim in victims(group, part):
-                        if self._remove(victim.name, victim.size):
-                            gone += victim.size
-                            self._counters.cache_evicted += 1
+                    went = [v for v in victims(group, part) if self._remove(v.name, v.size)]
+                    gone += sum(victim.size for victim in went)
+                    self._counters.cache_evicted += len(went)
+                    if went:
+                        self._index.forget_packs(
+                            v.name[len(str(self._top)) + 1 :].replace("/", "") for v in went
+                        )
                     group = []
             with self._usage.locked() as count:
                 count.end(sweep, found, gone)
@@ -380,3 +486,4 @@ class BlockCache:
             self._wake.notify_all()
             while self._queued and (left := deadline - time.monotonic()) > 0:
                 self._wake.wait(left)
+        self._index.close()

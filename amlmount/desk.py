@@ -17,8 +17,9 @@ import structlog
 
 from amlmount.across import AcrossFiles
 from amlmount.blocks import object_digest
+from amlmount.crew import PinnedFile
 from amlmount.errors import AmlmountError, NoSuchInode, ObjectChanged
-from amlmount.fetch import Fetcher, PinnedFile
+from amlmount.fetch import Fetcher
 from amlmount.logs import Thinned, redact
 from amlmount.manifest import Node
 from amlmount.metrics import Counters

@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import trio
 
 from amlmount.blocks import BlockKey, ByteRange
 from amlmount.cache import BlockCache
-from amlmount.dataset import ObjectId, printable
-from amlmount.errors import AmlmountError, StoreUnreachable
+from amlmount.crew import FROM_DISK, Crew, Flight, PinnedFile, Try
+from amlmount.dataset import printable
+from amlmount.errors import AmlmountError, StoreError, StoreUnreachable
 from amlmount.memory import BlockMemory
 from amlmount.metrics import Counters
 from amlmount.stores import Retrying
@@ -39,53 +40,15 @@ FAILED_FOR_S = 5.0
 """Seconds for which a failed object is not asked for again: a training loop must not hammer a dead blob."""
 
 
-class PinnedFile(NamedTuple):
-    """A file as the fetcher needs it."""
+class Landing(NamedTuple):
+    """What came of a try."""
 
-    store: int
-    """Index of its store."""
-    object: ObjectId
-    digest: bytes
-    """`blocks.object_digest` of it."""
-
-    def key(self, wanted: ByteRange) -> BlockKey:
-        """Return the key of a range of it."""
-        return BlockKey(self.digest, wanted.start, wanted.stop)
-
-
-class Flight:
-    """A block on its way."""
-
-    __slots__ = (
-        "ahead",
-        "data",
-        "done",
-        "error",
-        "file",
-        "from_disk",
-        "key",
-        "leased",
-        "phase_since",
-        "skip_disk",
-        "try_no",
-        "within",
-    )
-
-    def __init__(self, file: PinnedFile, key: BlockKey, within: BlockKey | None, *, ahead: bool) -> None:
-        self.file = file
-        self.key = key
-        self.within = within
-        """A larger block that holds this range and may be on the cache disk."""
-        self.ahead = ahead
-        """Nobody has asked for it yet."""
-        self.leased = 0
-        self.done = trio.Event()
-        self.data: memoryview | None = None
-        self.error: AmlmountError | None = None
-        self.from_disk = False
-        self.skip_disk = False
-        self.try_no = 0
-        self.phase_since = math.inf
+    entry: Try
+    data: memoryview | None
+    key: BlockKey
+    """Of the data: the flight's, or that of the larger block around it."""
+    from_disk: bool
+    error: Exception | None
 
 
 class Fetcher:
@@ -98,36 +61,25 @@ class Fetcher:
         cache: BlockCache | None,
         counters: Counters,
         *,
-        threads: int,
+        connections: int,
         read_timeout_s: float,
     ) -> None:
         self._stores = stores
         self._memory = memory
         self._cache = cache
         self._counters = counters
-        self._threads = threads
         # The store's own patience ends first and says more; this is the hard limit of a read.
         self._deadline_s = read_timeout_s + 5.0
         self._token = trio.lowlevel.current_trio_token()
         self._flights: dict[BlockKey, Flight] = {}
-        self._landed: deque[tuple[Flight, int, memoryview | None, BlockKey, bool, Exception | None]] = deque()
+        self._landed: deque[Landing] = deque()
+        self._drain_due = False
         self._failed: OrderedDict[bytes, tuple[float, AmlmountError]] = OrderedDict()
         self._room = trio.Event()
-        self._demand: deque[tuple[Flight, int]] = deque()
-        self._prefetch: deque[tuple[Flight, int]] = deque()
-        self._work = threading.Condition()
-        self._closing = False
-        # Prefetches that hang in retries must not hold every thread when a read comes.
-        self._prefetch_threads = max(1, threads - max(2, threads // 8))
-        self._prefetching = 0
-        for number in range(threads):
-            self._start_thread(number)
+        self._crew = Crew(self._fly, connections=connections)
 
     def __repr__(self) -> str:
         return f"<Fetcher {len(self._flights)} in flight, {self._memory!r}>"
-
-    def _start_thread(self, number: int) -> None:
-        threading.Thread(target=self._fly, name=f"fetch-{number}", daemon=True).start()
 
     # Called on the event loop
 
@@ -184,7 +136,7 @@ class Fetcher:
             if flight.ahead:
                 flight.ahead = False
                 self._counters.prefetch_late += 1
-                self._queue(self._demand, flight)  # whoever takes it first flies it; the other entry is void
+                self._queue(flight)  # whoever takes it first flies it; the other entry is void
             return flight
         if key in self._memory or self._recent_failure(file) is not None:
             return None
@@ -248,17 +200,16 @@ class Fetcher:
     def _take_off(self, flight: Flight, leased: int) -> None:
         flight.leased = leased
         self._flights[flight.key] = flight
-        self._queue(self._prefetch if flight.ahead else self._demand, flight)
+        self._queue(flight)
 
-    def _queue(self, line: deque[tuple[Flight, int]], flight: Flight) -> None:
-        with self._work:
-            line.append((flight, flight.try_no))
-            self._work.notify()
+    def _queue(self, flight: Flight) -> None:
+        self._crew.queue(flight, len(self._flights))
 
     def _drain(self) -> None:
         """Take in what the threads finished; runs on the event loop."""
+        self._drain_due = False  # before the first look: what lands later calls again
         while self._landed:
-            flight, try_no, data, key, from_disk, error = self._landed.popleft()
+            (flight, try_no), data, key, from_disk, error = self._landed.popleft()
             if self._flights.get(flight.key) is not flight or flight.try_no != try_no:
                 continue
             del self._flights[flight.key]
@@ -304,9 +255,9 @@ class Fetcher:
                 flight.try_no += 1
                 flight.skip_disk = True
                 flight.phase_since = math.inf
-                self._queue(self._demand, flight)
-                self._start_thread(self._threads)
-                self._threads += 1
+                flight.ahead = False  # whatever it was: soon
+                self._queue(flight)
+                self._crew.replace()
 
     def in_flight(self) -> int:
         """Return the number of blocks on their way."""
@@ -314,69 +265,62 @@ class Fetcher:
 
     def close(self) -> None:
         """Have the threads end as they become free; one that waits for a store is left behind."""
-        with self._work:
-            self._closing = True
-            self._work.notify_all()
+        self._crew.close()
 
     # Called in the threads
 
-    def _next(self) -> tuple[Flight, int, bool] | None:
-        """Wait for a flight and take it; None at the end. Also says whether it was taken as a prefetch."""
-        with self._work:
-            while True:
-                if self._closing:
-                    return None
-                as_prefetch = not self._demand
-                if as_prefetch and (not self._prefetch or self._prefetching >= self._prefetch_threads):
-                    self._work.wait()
-                    continue
-                flight, try_no = (self._prefetch if as_prefetch else self._demand).popleft()
-                if flight.try_no != try_no or flight.phase_since != math.inf:
-                    continue  # another thread has it
-                flight.phase_since = time.monotonic()
-                self._prefetching += as_prefetch
-                return flight, try_no, as_prefetch
+    def _fly(self, tries: Sequence[Try]) -> None:
+        try:
+            for number, entry in enumerate(self._from_disk(tries)):
+                entry.flight.skip_disk = True
+                if number:  # each waits for the store by itself
+                    entry.flight.phase_since = math.inf
+                    self._queue(entry.flight)
+                elif not entry.is_void:
+                    self._from_store(entry)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the reads that wait must hear of it
+            self._arrived(
+                [Landing(entry, None, entry.flight.key, from_disk=False, error=error) for entry in tries]
+            )
 
-    def _fly(self) -> None:
-        while (taken := self._next()) is not None:
-            flight, try_no, as_prefetch = taken
-            try:
-                landed = self._load(flight, try_no)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the read that waits must hear of it
-                landed = (flight, try_no, None, flight.key, False, error)
-            if as_prefetch:
-                with self._work:
-                    self._prefetching -= 1
-            if landed is None:
-                return  # given to another thread meanwhile, and this one replaced
-            self._landed.append(landed)
-            del landed, flight, taken  # a thread that waits holds no block
-            try:
-                self._token.run_sync_soon(self._drain, idempotent=True)
-            except trio.RunFinishedError:
-                return
-
-    def _load(
-        self, flight: Flight, try_no: int
-    ) -> tuple[Flight, int, memoryview | None, BlockKey, bool, Exception | None] | None:
+    def _from_store(self, entry: Try) -> None:
+        flight = entry.flight
+        flight.past_disk()
         store = self._stores[flight.file.store]
-        if self._cache is not None and store.cacheable and not flight.skip_disk:
-            for key in (flight.key, flight.within):
-                data = None if key is None else self._cache.read(key)
-                if flight.try_no != try_no:
-                    return None
-                if data is not None and key is not None:
-                    return flight, try_no, data, key, True, None
-        with self._work:
-            if flight.try_no != try_no:
-                return None
-            # Not infinity: that means "not taken". The store keeps its own time.
-            flight.phase_since = _FAR
-        data = store.read(flight.file.object, flight.key.start, flight.key.stop)
-        return flight, try_no, data, flight.key, False, None
+        try:
+            data = store.read(flight.file.object, flight.key.start, flight.key.stop)
+        except StoreError as error:
+            self._arrived([Landing(entry, None, flight.key, from_disk=False, error=error)])
+        else:
+            self._arrived([Landing(entry, data, flight.key, from_disk=False, error=None)])
 
+    def _from_disk(self, tries: Sequence[Try]) -> Sequence[Try]:
+        """Bring what the cache disk has; return the others."""
+        cache = self._cache
+        if cache is None:
+            return tries
+        left = [e for e in tries if e.flight.skip_disk or not self._stores[e.flight.file.store].cacheable]
+        asked = [e for e in tries if e not in left]
+        found: list[Landing] = []
+        for entry, data in zip(asked, cache.read_all([e.flight.key for e in asked]), strict=True):
+            key, within = entry.flight.key, entry.flight.within
+            if data is None and within is not None:
+                key, data = within, cache.read(within)
+            if data is None:
+                left.append(entry)
+            else:
+                found.append(Landing(entry, data, key, from_disk=True, error=None))
+        if found:
+            self._arrived(found)
+        self._crew.together = FROM_DISK if found and not left else 1
+        return left
 
-_FAR = 1e300
+    def _arrived(self, landings: Sequence[Landing]) -> None:
+        self._landed.extend(landings)
+        if not self._drain_due:
+            self._drain_due = True
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._drain)
 
 
 def _fresh(error: AmlmountError) -> AmlmountError:

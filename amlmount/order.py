@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STREAMS = 8
-"""Places in the tree where files are read in order at the same time."""
+STREAMS = 32
+"""Places in the tree where files are read in order at the same time: one a worker, where batches are long."""
 
 JUMP = 64
 """Inodes that an open may be ahead of or behind its stream: eight workers with batches of eight files."""
+
+_SEEN = (1 << JUMP + 1) - 1
 
 STARTS_AFTER = 2
 """Opens in a row before files are fetched ahead: one may be chance."""
@@ -39,6 +41,8 @@ class Stream:
     """Files opened in a row."""
     ahead: int
     """The next inode to fetch; set back where less was possible."""
+    seen: int = 1
+    """A bit for each of the last `JUMP` inodes up to `position` that was read, the lowest for `position` itself."""
 
     def wanted(self) -> range:
         """Return the inodes to fetch now, those fetched already left out."""
@@ -70,10 +74,15 @@ class FileOrder:
             best = Stream(ino, ino, 1, ino + 1)
         else:
             self._streams.remove(best)
-            if ino > best.position:
+            step = ino - best.position
+            if step > 0:
                 best.position = ino
+                best.seen = (best.seen << step | 1) & _SEEN
                 best.opened += 1
-            elif ino < best.position - JUMP // 2:
-                best.opened = max(1, best.opened // 2)  # going back, or about at random: no order to follow
+            elif not best.seen >> -step & 1:  # another worker's, a little behind
+                best.seen |= 1 << -step
+                best.opened += 1
+            elif -step > JUMP // 2:
+                best.opened = max(1, best.opened // 2)  # read again: no order to follow
         self._streams.append(best)
         return best

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from amlmount.blocks import BLOCK_SIZE, KIB, ByteRange, block_at, blocks_over
-from amlmount.fetch import Fetcher, PinnedFile
+from amlmount.crew import PinnedFile
+from amlmount.fetch import Fetcher
 from amlmount.window import ReadWindow, Stream
 
 WHOLE = 256 * KIB

@@ -105,7 +105,7 @@ class MountSession:
             self._cache = self._open_cache(stores, queue_bytes)
             self._fetcher = Fetcher(
                 stores, self._memory, self._cache, self._counters,
-                threads=settings.connections, read_timeout_s=settings.read_timeout,
+                connections=settings.connections, read_timeout_s=settings.read_timeout,
             )  # fmt: skip
             answered = trio.Event()
             self._desk = Desk(

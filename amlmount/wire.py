@@ -22,7 +22,9 @@ _READ_SIZE = struct.Struct("=I")
 # atime, mtime, ctime (s), their ns, mode, nlink, uid, gid, rdev, blksize, flags
 _ENTRY = struct.Struct("=QQQQII" + "QQQQQQIIIIIIIIII")
 _INIT_IN_FLAGS = struct.Struct("=IIII")  # fuse_init_in: major, minor, max_readahead, flags
-_INIT_OUT = struct.Struct("=IIIIHHI")  # fuse_init_out: ..., flags, max_background, congestion_threshold, max_write
+_INIT_OUT = struct.Struct(
+    "=IIIIHHI"
+)  # fuse_init_out: ..., flags, max_background, congestion_threshold, max_write
 
 OUT_HEADER_BYTES = _OUT.size
 MIN_READ_BUFFER = 8192
