@@ -190,6 +190,18 @@ class BlockCache:
         """Return a block's bytes, or None where it is not there, damaged, or the disk fails."""
         return self.read_all([key])[0]
 
+    def maybe(self, key: BlockKey) -> bool:
+        """Whether it makes sense to `read` a block; may be wrong for what others wrote in the last second."""
+        return self.enabled and (key.length >= self._packed_below or self._index.sieve.maybe(key.digest()))
+
+    def look_around(self) -> None:
+        """Take note of what others have written; to be called about once a second, not on the event loop."""
+        if self.enabled:
+            try:
+                self._index.look_around()
+            except OSError as error:
+                self._failed("read", error)
+
     def read_all(self, keys: Sequence[BlockKey]) -> list[memoryview | None]:
         """Return what `read` would of each: those that lie together on the disk are read together."""
         if not self.enabled or time.monotonic() < self._down_until:

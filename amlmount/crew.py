@@ -77,6 +77,7 @@ class Flight:
         self.error: AmlmountError | None = None
         self.from_disk = False
         self.skip_disk = False
+        """The cache disk has not got it, or does not answer."""
         self.try_no = 0
         self.phase_since = math.inf
 
@@ -117,8 +118,6 @@ class Crew:
         self._parked = 0
         # Prefetches that hang in retries must not hold every thread when a read comes.
         self._limit = self._most - max(2, self._most // 8)
-        self.together = 1
-        """Prefetches that a thread may take at once; the fetcher sets it."""
 
     def __repr__(self) -> str:
         return f"<Crew of {self._started}, {len(self._demand)} and {len(self._prefetch)} waiting>"
@@ -171,21 +170,23 @@ class Crew:
                 return [entry], 0
         taken: list[Try] = []
         weight = 0
-        while self._prefetch and len(taken) < self.together:
+        while self._prefetch and len(taken) < FROM_DISK:
             entry = self._prefetch[0]
+            flight = entry.flight
             if self._is_free(entry):
-                more = entry.flight.weight
-                if taken and more > 1:
-                    entry.flight.phase_since = math.inf
+                if taken and (flight.skip_disk or flight.weight > 1):
+                    flight.phase_since = math.inf
                     break
-                if self._weight + more > self._limit:
-                    entry.flight.phase_since = math.inf
-                    self._parked += 1
+                if self._weight + flight.weight > self._limit:
+                    flight.phase_since = math.inf
+                    self._parked += not taken
                     break
-                self._weight += more
-                weight += more
+                self._weight += flight.weight
+                weight += flight.weight
                 taken.append(entry)
             self._prefetch.popleft()
+            if taken and (flight.skip_disk or flight.weight > 1):
+                break
         return taken, weight
 
     @staticmethod

@@ -1,202 +1,324 @@
 """Which files come next, where somebody has said so: declared orders against the files that are begun. No I/O.
 
-A reader (a sampler, a command) declares epochs, one after the other: their positions count on from epoch to epoch, so
-that fetching goes over the end of one into the next. What the session sees is not what is read, though: a file that the
-kernel's page cache holds is read without a request, workers are at several places at once, and an order may be wrong.
+A reader (a sampler, a command) declares epochs, one after another; positions count on from each to the next, so that
+fetching goes over the end of one into the beginning of the other. What the session sees is less than what is read: a
+file that the kernel's page cache holds is read without a request, workers are at several places at once, and an order
+may be wrong.
 
 Where readers are. A read close to the front moves it. One elsewhere is believed when others follow it there: a stray
 read, or another job's, must not end what was declared. The slowest reader is as far behind as lately a read was.
 
-How much is fetched ahead. The window counts files fetched and not read yet. It grows by `GROWTH` with each one used,
-and shrinks by one with each given up: it settles where a third of what is fetched is used, half the page cache costs
-nothing, and all that is ever fetched for nothing is twice what was of use and `START` files. (Halving would have one
-run of cached files, or one worker that died, undo the evidence of an epoch.)
+How much is fetched ahead. The window is the number of files that are fetched and not read yet. It grows by `GROWTH`
+with each of them that is read, and shrinks by one with each that is given up. So it settles where a third of what is
+fetched is read (half of it in the page cache costs nothing), and what is fetched for nothing stays under `START` files
+and twice what was of use. Halving it would have one run of cached files undo the evidence of an epoch.
 """
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
+from amlmount.epoch import MAX_BYTES, Epoch
 from amlmount.errors import UsageError
 
 START = 64
-"""Files fetched ahead on somebody's word alone: one batch, before anything was seen to be read."""
+"""Files fetched ahead on somebody's word alone: a batch or two, before any is read."""
 
 MAX_FILES = 4096
-"""Files ahead at the most; memory ends it earlier for all but the smallest files."""
-
-FLOOR = 4
-"""Files fetched ahead of an order that has been of no use: what tells when it is again."""
+"""Files ahead of one reader at the most; memory ends it earlier for all but the smallest files."""
 
 GROWTH = 2
 
-REACH = 256
-"""Positions ahead of the front that one read may be. Reads of another job in a million files land there once in 4,000,
-and each moves the front 128 too far on average: it must come to far less than a position a read."""
+FLOOR = 4
+"""Files fetched ahead of an order that has been of no use: they tell when it is again."""
 
-NEARBY, CONFIRMED, PLACES = 64, 4, 8
-"""Reads elsewhere that are believed: so many within so few positions; and places that are watched for it."""
+REACH = 128
+"""Positions ahead of the front where one read is believed. Another job's reads of 100,000 files land there once in 800
+times and move the front 64 too far: that must come to far less than the one position a read that is right."""
+
+NEARBY, BELIEVED, PLACES = 64, 4, 8
+"""Further away, so many reads within so few positions are; and so many places are watched for that."""
 
 START_SPREAD = 1024
-"""Positions that the slowest reader may be behind before any was seen: 8 workers with 2 batches of 64 each."""
+"""Positions that the slowest reader is taken to be behind before any was seen: 8 workers, 2 batches of 64 each."""
 
 MAX_SPREAD = 32_768
-"""The same at the most: 64 workers with 2 batches of 256."""
-
-MIN_LAG = 128
-"""Positions behind the slowest reader after which a file is given up."""
+"""The most that it can be behind: 64 workers, 2 batches of 256 each."""
 
 GENERATION = 512
-"""Reads after which a reader that was further behind begins to be forgotten."""
+"""Reads after which it begins to be forgotten that one was further behind."""
+
+MIN_LAG = 128
+"""Positions behind the slowest reader where a file is given up: as much again as it is behind, and this."""
 
 IDLE = 4096
-"""Reads, none of them of this order, after which its files leave the memory to others."""
+"""Reads of other files after which the files ahead of a reader leave the memory to those."""
 
 MAX_QUEUED = 8
 """Epochs of one reader that can wait."""
 
 LINES = 32
-"""Readers: the ranks of one machine, twice over."""
+"""Readers: the ranks on one machine, twice over."""
 
-MAX_BYTES = 256 << 20
-"""Memory of all declared orders. An epoch of a million files takes 8 MB, 12 MB where files repeat."""
-
-_SCAN = 1024  # positions looked at in one call: 0.2 ms
-_ABSENT, _NONE_LEFT = -1, -2
-
-
-def pack(inodes: array[int]) -> bytes:
-    """Return inodes as they go to a session: 32 bits each, little-endian."""
-    if sys.byteorder == "big":
-        inodes = array("I", inodes)
-        inodes.byteswap()
-    return inodes.tobytes()
-
-
-def unpack(body: bytes) -> array[int]:
-    """Return the inodes in what a session was sent; raise UsageError where it holds no whole number of them."""
-    if len(body) % 4:
-        raise UsageError(f"an order of {len(body)} bytes: it is 4 bytes a file")
-    inodes = array("I", body)
-    if sys.byteorder == "big":
-        inodes.byteswap()
-    return inodes
-
-
-class Epoch:
-    """One declared order. Made in 0.2 s for a million files: in a thread, not on the event loop."""
-
-    __slots__ = ("_chain", "_first", "begin", "inodes", "left")
-
-    def __init__(self, inodes: array[int], highest_inode: int) -> None:
-        """Index an order of inodes, which may repeat; raise UsageError where it is too long or none of this mount."""
-        if 4 * (2 * len(inodes) + highest_inode) > MAX_BYTES:
-            raise UsageError(f"an order of {len(inodes):,} files is too long", hint="declare it in parts")
-        if inodes and not 1 <= min(inodes) <= max(inodes) <= highest_inode:
-            raise UsageError("the order is of another dataset: it holds inodes that are not there")
-        self.inodes = inodes
-        self.begin = 0
-        """Where it begins among its reader's positions."""
-        self.left = len(inodes)
-        """Positions not read."""
-        self._first = first = array("i", [_ABSENT]) * (highest_inode + 1)  # by inode: where it comes unread first
-        self._chain = array("i")  # by position: where its inode comes next; empty where none repeats
-        for at in range(len(inodes) - 1, -1, -1):
-            ino = inodes[at]
-            if first[ino] != _ABSENT:
-                if not self._chain:
-                    self._chain = array("i", [_NONE_LEFT]) * len(inodes)
-                self._chain[at] = first[ino]
-            first[ino] = at
-
-    def __repr__(self) -> str:
-        return f"<Epoch of {len(self.inodes)} files, {self.left} unread>"
-
-    @property
-    def end(self) -> int:
-        """One past its last position."""
-        return self.begin + len(self.inodes)
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return 4 * (len(self.inodes) + len(self._first) + len(self._chain))
-
-    def unread(self, ino: int, since: int) -> int | None:
-        """Return the first position from `since` on where an inode comes and is unread, or None."""
-        at = self._first[ino] if ino < len(self._first) else _ABSENT
-        if at < 0:
-            return None
-        while at < since - self.begin:
-            at = self._first[ino] = self._chain[at] if self._chain else _NONE_LEFT
-            if at < 0:
-                return None
-        return self.begin + at
-
-    def mark(self, ino: int) -> None:
-        """Take note that an inode was read where it comes unread first."""
-        at = self._first[ino]
-        self._first[ino] = self._chain[at] if self._chain else _NONE_LEFT
-        self.left -= 1
+_LOOK = 1024
+"""Positions looked at in one call at the most: 0.2 ms of the event loop."""
 
 
 class _Line:
-    """The epochs that one reader declared, and how far they are read. Positions count on from epoch to epoch."""
+    """The epochs that one reader declared, and how far they are read."""
 
     def __init__(self, given_up: list[int]) -> None:
-        self.epochs: list[Epoch] = []
         self.moved = 0
         """When a read moved it, counted in reads of the mount."""
         self._given_up = given_up
-        self._window = START
+        self._epochs: list[Epoch] = []
         self._end = 0  # one past the last position
         self._front = -1  # the highest position read
         self._cursor = 0  # the next position to fetch
+        self._window = START
         self._ahead: dict[int, int] = {}  # fetched and not read: position to inode
         self._oldest: list[int] = []  # a heap of those positions, and of some that were read
-        self._offered: list[tuple[int, int]] = []
-        self._looked_at = 0  # where the last offer ended
-        self._spreads = [START_SPREAD, 0]  # the furthest behind a read was: in the last generation, and in this
+        self._offered: list[tuple[int, int]] = []  # what `wanted` returned: position and inode
+        self._looked_to = 0  # where it stopped
         self._reads = 0
-        self._places: list[tuple[int, int]] = []  # reads elsewhere: the last position, and how many were near it
+        self._spread = START_SPREAD  # the furthest behind that a read was, in this generation and the last
+        self._spread_now = 0  # in this one
+        self._places: list[tuple[int, int]] = []  # reads elsewhere: the last position, and how many near it
 
+    def __repr__(self) -> str:
+        return f"<_Line at {self._front} of {self._end}, {len(self._ahead)} of {self._window} files ahead>"
+
+    @property
+    def bytes(self) -> int:
+        """Memory that its epochs take."""
+        return sum(epoch.bytes for epoch in self._epochs)
+
+    @property
     def queued(self) -> int:
-        """Return the number of epochs not read to their end."""
-        return sum(epoch.end - 1 > self._front for epoch in self.epochs)
+        """Epochs not read to their end."""
+        return sum(epoch.end - 1 > self._front for epoch in self._epochs)
 
-    def declare(self, epoch: Epoch, keep: int | None) -> None:
-        if keep is not None and len(self.epochs) > keep:
-            del self.epochs[: len(self.epochs) - keep]
-            begin = self.epochs[0].begin if self.epochs else self._end
-            self._front = max(self._front, begin - 1)
-            self._cursor = max(self._cursor, begin)
-            self._places.clear()
-            self._give_up(begin)
+    def keep(self, epochs: int) -> None:
+        """Drop all but the last few epochs; reading goes on in those."""
+        if len(self._epochs) <= epochs:
+            return
+        del self._epochs[: len(self._epochs) - epochs]
+        begin = self._epochs[0].begin if self._epochs else self._end
+        self._front = max(self._front, begin - 1)
+        self._cursor = max(self._cursor, begin)
+        self._places.clear()
+        self._give_up(begin)
+
+    def append(self, epoch: Epoch) -> None:
+        """Put an epoch after those there."""
         if epoch.inodes:
             epoch.begin = self._end
-            self.epochs.append(epoch)
             self._end = epoch.end
+            self._epochs.append(epoch)
+
+    # Where readers are
 
     def reached(self, ino: int) -> bool:
-        """Take note that a file is begun; return whether that follows this line."""
-        since = self._since()
-        found: list[tuple[Epoch, int]] = []
-        for epoch in self.epochs:
-            position = epoch.unread(ino, since)
+        """Take note that a file is begun; return whether that follows what was declared."""
+        near: list[tuple[int, int, Epoch]] = []
+        elsewhere: list[tuple[int, Epoch]] = []
+        passed = self._passed()
+        for epoch in self._epochs:
+            position = epoch.first(ino)
+            if position is not None and position < passed:
+                elsewhere.append((position, epoch))
+                position = epoch.first_from(ino, passed)
             if position is None:
                 continue
             if position <= self._front + REACH:
-                self._read(epoch, ino, position)
-                return True
-            found.append((epoch, position))
-        for epoch, position in found:
-            if self._believed(position):
-                self._front = position
-                self._cursor = position + 1
-                self._read(epoch, ino, position)
+                near.append((abs(position - self._front), position, epoch))
+            else:
+                elsewhere.append((position, epoch))
+        if near:
+            _, position, epoch = min(near)
+            self._read(epoch, ino, position)
+            return True
+        for position, epoch in elsewhere:
+            if self._is_believed(position):
+                self._go_to(position)
+                if epoch.first(ino) == position:
+                    self._read(epoch, ino, position)
                 return True
         return False
+
+    def _passed(self) -> int:
+        """Return the position before which no file is waited for any more."""
+        return self._front - 2 * self._spread - MIN_LAG
+
+    def _read(self, epoch: Epoch, ino: int, position: int) -> None:
+        epoch.drop(ino)
+        if self._ahead.pop(position, None) is not None:
+            self._window = min(MAX_FILES, self._window + GROWTH)
+        behind = self._front - position
+        if behind <= max(self._spread, START_SPREAD):  # further behind, one read is no evidence
+            self._spread_now = max(self._spread_now, behind)
+            self._spread = max(self._spread, behind)
+        self._reads += 1
+        if self._reads % GENERATION == 0:
+            self._spread, self._spread_now = self._spread_now, 0
+        self._front = max(self._front, position)
+        if self._cursor < self._front - self._spread:
+            # Fetching has fallen behind the slowest reader, where it comes too late or the page cache has it: it
+            # goes on where nobody has been.
+            self._cursor = self._front + 1
+        passed = self._passed()
+        self._give_up(passed)
+        while self._epochs and (not self._epochs[0].left or self._epochs[0].end <= passed):
+            del self._epochs[0]
+
+    def _is_believed(self, position: int) -> bool:
+        """Take note of a read elsewhere; return whether there were several there."""
+        for number, (last, reads) in enumerate(self._places):
+            if 0 < abs(position - last) <= NEARBY:
+                del self._places[number]
+                if reads + 1 == BELIEVED:
+                    self._places.clear()
+                    return True
+                self._places.append((position, reads + 1))
+                return False
+        self._places.append((position, 1))
+        del self._places[:-PLACES]
+        return False
+
+    def _go_to(self, position: int) -> None:
+        behind = self._front - position
+        if 0 < behind <= MAX_SPREAD:  # a slow reader: what it has before it is wanted after all
+            self._spread = self._spread_now = max(behind, self._spread)
+        else:
+            self._front = position
+        self._cursor = position + 1
+
+    def _give_up(self, before: int) -> None:
+        while self._oldest and self._oldest[0] < before:
+            ino = self._ahead.pop(heappop(self._oldest), None)
+            if ino is not None:
+                self._given_up.append(ino)
+                self._window = max(FLOOR, self._window - 1)
+
+    def rest(self) -> None:
+        """Give up what is ahead, without blame; a read that moves the line has it fetched again."""
+        if self._ahead:
+            self._cursor = min(self._ahead)
+            self._given_up.extend(self._ahead.values())
+            self._ahead.clear()
+            self._oldest.clear()
+
+    # What comes next
+
+    def wanted(self, limit: int) -> list[int]:
+        """Return up to `limit` inodes to fetch."""
+        self._offered = []
+        room = min(limit, self._window - len(self._ahead))
+        at, stop, passed = self._cursor, min(self._cursor + _LOOK, self._end), self._passed()
+        for epoch in self._epochs:
+            while epoch.begin <= at < min(epoch.end, stop) and len(self._offered) < room:
+                ino = epoch.inodes[at - epoch.begin]
+                if (
+                    at not in self._ahead
+                    and epoch.first_from(ino, passed) == at
+                    and not self._is_due(ino, epoch)
+                ):
+                    self._offered.append((at, ino))
+                at += 1
+        if not self._offered:
+            self._cursor = at
+        self._looked_to = at
+        return [ino for _, ino in self._offered]
+
+    def _is_due(self, ino: int, before: Epoch) -> bool:
+        """Whether a file is to be read in an earlier epoch yet: then the page cache will have it."""
+        slowest = self._front - self._spread
+        for epoch in self._epochs:
+            if epoch is before:
+                return False
+            position = epoch.first(ino)
+            if position is not None and position >= slowest:
+                return True
+        return False
+
+    def fetched(self, count: int) -> None:
+        """Take note that the first `count` of those are fetched or on their way."""
+        for position, ino in self._offered[:count]:
+            self._ahead[position] = ino
+            heappush(self._oldest, position)
+        if self._offered:
+            self._cursor = self._offered[count][0] if count < len(self._offered) else self._looked_to
+        self._offered = []
+
+
+class DeclaredOrder:
+    """The declared orders of one mount. Owned by the session's event loop; no call takes longer with more files."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, _Line] = OrderedDict()  # the one that moved last is last
+        self._reads = 0
+        self._turn: _Line | None = None  # the one to fetch for
+        self._given_up: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"<DeclaredOrder {[*self._lines.values()]}>"
+
+    def declare(self, epoch: Epoch, *, reader: str = "", keep: int | None = None) -> int:
+        """Put an epoch after those that its reader declared before; return how many of them are not read to their end.
+
+        With `keep`, all but the last so many of those before are dropped: 0 starts anew. Raises UsageError where too
+        many wait. Readers that were idle longest are forgotten where memory is short.
+        """
+        line = self._lines.get(reader) or _Line(self._given_up)
+        if keep is not None:
+            line.keep(keep)
+        if line.queued >= MAX_QUEUED or line.bytes + epoch.bytes > MAX_BYTES:
+            raise UsageError(
+                f"{line.queued} declared orders wait to be read, and there is no room for another",
+                hint="read them first, or --replace them with this one",
+            )
+        line.append(epoch)
+        self._lines[reader] = line
+        self._has_moved(reader)
+        while len(self._lines) > LINES or sum(line.bytes for line in self._lines.values()) > MAX_BYTES:
+            self._lines.popitem(last=False)[1].rest()
+        return line.queued
+
+    def reached(self, ino: int) -> bool:
+        """Take note that a file is begun; return whether that follows a declared order.
+
+        To be called once each time that a file is read from its beginning. False is for a file that is in no declared
+        order, and for one that its order has elsewhere: whoever knows another order may look there.
+        """
+        self._reads += 1
+        moved = [reader for reader, line in self._lines.items() if line.reached(ino)]
+        for reader in moved:
+            self._has_moved(reader)
+        for line in self._lines.values():  # those idle longest come first
+            if self._reads - line.moved <= IDLE:
+                break
+            line.rest()
+            if line is self._turn:
+                self._turn = None
+        return bool(moved)
+
+    def _has_moved(self, reader: str) -> None:
+        self._turn = self._lines[reader]
+        self._turn.moved = self._reads
+        self._lines.move_to_end(reader)
+
+    def wanted(self, limit: int) -> Sequence[int]:
+        """Return up to `limit` inodes to fetch now, for the reader that moved last; follow it with `fetched`."""
+        return [] if self._turn is None else self._turn.wanted(limit)
+
+    def fetched(self, count: int) -> None:
+        """Take note that the first `count` of the files last returned are fetched or on their way, and the rest not."""
+        if self._turn is not None:
+            self._turn.fetched(count)
+
+    def given_up(self) -> list[int]:
+        """Return the files fetched ahead that nobody is expected to read any more, each once: their memory is free."""
+        given_up, self._given_up[:] = self._given_up[:], []
+        return given_up

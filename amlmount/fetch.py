@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import trio
 
 from amlmount.blocks import BlockKey, ByteRange
 from amlmount.cache import BlockCache
-from amlmount.crew import FROM_DISK, Crew, Flight, PinnedFile, Try
+from amlmount.crew import Crew, Flight, PinnedFile, Try
 from amlmount.dataset import printable
 from amlmount.errors import AmlmountError, StoreError, StoreUnreachable
 from amlmount.memory import BlockMemory
@@ -35,6 +36,9 @@ from amlmount.stores import Retrying
 
 DISK_PATIENCE_S = 1.0
 """Seconds that a read of the cache disk may take; a healthy disk needs milliseconds for 4 MiB."""
+
+LOOK_AROUND_S = 1.0
+"""Seconds between two looks at what other processes have put on the cache disk."""
 
 FAILED_FOR_S = 5.0
 """Seconds for which a failed object is not asked for again: a training loop must not hammer a dead blob."""
@@ -74,6 +78,8 @@ class Fetcher:
         self._flights: dict[BlockKey, Flight] = {}
         self._landed: deque[Landing] = deque()
         self._drain_due = False
+        self._look_next = 0.0
+        self._looking = False
         self._failed: OrderedDict[bytes, tuple[float, AmlmountError]] = OrderedDict()
         self._room = trio.Event()
         self._crew = Crew(self._fly, connections=connections)
@@ -199,8 +205,16 @@ class Fetcher:
 
     def _take_off(self, flight: Flight, leased: int) -> None:
         flight.leased = leased
+        cacheable = self._cache is not None and self._stores[flight.file.store].cacheable
+        flight.skip_disk = not (cacheable and self._may_be_on_disk(flight))
         self._flights[flight.key] = flight
         self._queue(flight)
+
+    def _may_be_on_disk(self, flight: Flight) -> bool:
+        assert self._cache is not None
+        return self._cache.maybe(flight.key) or (
+            flight.within is not None and self._cache.maybe(flight.within)
+        )
 
     def _queue(self, flight: Flight) -> None:
         self._crew.queue(flight, len(self._flights))
@@ -248,6 +262,7 @@ class Fetcher:
         """Look after flights that the cache disk holds up, for ever; a task of the session's."""
         while True:
             await trio.sleep(DISK_PATIENCE_S / 4)
+            self._look_around()
             late = time.monotonic() - DISK_PATIENCE_S
             for flight in [f for f in self._flights.values() if f.phase_since < late]:
                 if self._cache is not None:
@@ -258,6 +273,18 @@ class Fetcher:
                 flight.ahead = False  # whatever it was: soon
                 self._queue(flight)
                 self._crew.replace()
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        if self._cache is not None and now >= self._look_next and not self._looking:
+            self._looking = True
+            self._look_next = now + LOOK_AROUND_S
+
+            def look(cache: BlockCache) -> None:
+                cache.look_around()
+                self._looking = False
+
+            threading.Thread(target=look, args=(self._cache,), name="look-around", daemon=True).start()
 
     def in_flight(self) -> int:
         """Return the number of blocks on their way."""
@@ -299,8 +326,8 @@ class Fetcher:
         cache = self._cache
         if cache is None:
             return tries
-        left = [e for e in tries if e.flight.skip_disk or not self._stores[e.flight.file.store].cacheable]
-        asked = [e for e in tries if e not in left]
+        left = [entry for entry in tries if entry.flight.skip_disk]
+        asked = [entry for entry in tries if not entry.flight.skip_disk]
         found: list[Landing] = []
         for entry, data in zip(asked, cache.read_all([e.flight.key for e in asked]), strict=True):
             key, within = entry.flight.key, entry.flight.within
@@ -312,7 +339,6 @@ class Fetcher:
                 found.append(Landing(entry, data, key, from_disk=True, error=None))
         if found:
             self._arrived(found)
-        self._crew.together = FROM_DISK if found and not left else 1
         return left
 
     def _arrived(self, landings: Sequence[Landing]) -> None:

@@ -96,6 +96,8 @@ class MountSession:
         kernel.check_fuse(allow_other=spec.allow_other)
         _raise_open_files()
         tune_malloc()
+        # Of the HTTP library's: with one for each core they compete with the threads that wait for them.
+        os.environ.setdefault("TOKIO_WORKER_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
         budget = settings.memory_budget or default_budget(memory_limit())
         queue_bytes = min(budget // 8, 64 << 20)
         with Manifest(Path(spec.manifest)) as manifest:
@@ -307,7 +309,7 @@ def run(
             failure = error
 
     # The event loop waits this long for a thread that holds the interpreter; the default, 5 ms, is a round trip.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.02)
     trio.run(main)
     if failure is not None:
         raise failure
