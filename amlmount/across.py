@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from amlmount.blocks import block_at
-from amlmount.fetch import Fetcher
 from amlmount.manifest import Node
 from amlmount.order import FileOrder
 from amlmount.reader import FileReader
@@ -22,9 +20,8 @@ AT_ONCE = 16
 class AcrossFiles:
     """Read-ahead from file to file, for one mount."""
 
-    def __init__(self, tree: Tree, fetcher: Fetcher, reader: Callable[[int, Node], FileReader]) -> None:
+    def __init__(self, tree: Tree, reader: Callable[[int, Node], FileReader]) -> None:
         self._tree = tree
-        self._fetcher = fetcher
         self._reader = reader
         self._order = FileOrder()
 
@@ -41,9 +38,7 @@ class AcrossFiles:
         """Fetch the beginnings of files ahead of need; return how many, which is fewer where memory is short."""
         done = 0
         for node in nodes:
-            if not node.is_dir and node.size:
-                file = self._reader(node.ino, node).file
-                if not self._fetcher.ahead(file, block_at(0, node.size)):
-                    break
+            if not node.is_dir and not self._reader(node.ino, node).ahead():
+                break
             done += 1
         return done

@@ -50,9 +50,9 @@ class Flight:
     """A block on its way."""
 
     __slots__ = (
+        "_done",
         "ahead",
         "data",
-        "done",
         "error",
         "file",
         "from_disk",
@@ -72,7 +72,7 @@ class Flight:
         self.ahead = ahead
         """Nobody has asked for it yet."""
         self.leased = 0
-        self.done = trio.Event()
+        self._done: trio.Event | None = None
         self.data: memoryview | None = None
         self.error: AmlmountError | None = None
         self.from_disk = False
@@ -80,6 +80,17 @@ class Flight:
         """The cache disk has not got it, or does not answer."""
         self.try_no = 0
         self.phase_since = math.inf
+
+    async def wait(self) -> None:
+        """Wait until it has landed; the fetcher calls `land` then."""
+        if self._done is None:
+            self._done = trio.Event()
+        await self._done.wait()
+
+    def land(self) -> None:
+        """Wake who waits."""
+        if self._done is not None:
+            self._done.set()
 
     @property
     def weight(self) -> int:

@@ -70,7 +70,7 @@ class Desk:
     ) -> None:
         self.tree = tree
         self.log = log
-        self.across = AcrossFiles(tree, fetcher, self.reader)
+        self.across = AcrossFiles(tree, self.reader)
         self._stores = stores
         self._fetcher = fetcher
         self._counters = counters

@@ -118,17 +118,17 @@ class Fetcher:
         assert data is not None
         return data
 
-    def ahead(self, file: PinnedFile, wanted: ByteRange) -> bool:
+    def ahead(self, file: PinnedFile, key: BlockKey) -> bool:
         """Fetch a block that nobody waits for; False where memory or the store's mood do not allow it now."""
-        key = file.key(wanted)
         if self.known(key) or file.digest in self._failed:
             return True
-        if self._stores[file.store].throttled_until > time.monotonic():
+        throttled_until = self._stores[file.store].throttled_until
+        if throttled_until and throttled_until > time.monotonic():
             return False
-        if not self._memory.lease(wanted.length, may_evict_unread=False):
+        if not self._memory.lease(key.stop - key.start, may_evict_unread=False):
             return False
         self._counters.prefetched += 1
-        self._take_off(Flight(file, key, None, ahead=True), wanted.length)
+        self._take_off(Flight(file, key, None, ahead=True), key.stop - key.start)
         return True
 
     def start(self, file: PinnedFile, wanted: ByteRange, within: ByteRange | None = None) -> Flight | None:
@@ -176,7 +176,7 @@ class Fetcher:
                         self._counters.wait_memory_s += time.monotonic() - since
                     continue
                 since = time.monotonic()
-                await flight.done.wait()
+                await flight.wait()
                 if flight.from_disk:
                     self._counters.wait_disk_s += time.monotonic() - since
                 else:
@@ -236,7 +236,7 @@ class Fetcher:
                         self._failed.popitem(last=False)
             else:
                 self._land(flight, key, data, from_disk)
-            flight.done.set()
+            flight.land()
         room, self._room = self._room, trio.Event()
         room.set()
 

@@ -93,7 +93,11 @@ _HOSTILE = (
 
 def _node(row: tuple[int, int, bytes, int, int, int, str, bytes, int, int, int, int]) -> Node:
     ino, parent, name, is_dir, size, mtime_ns, tag, md5, source, first, count, subdirs = row
-    return Node(ino, parent, name, is_dir != 0, size, mtime_ns, tag, md5.hex(), source, first, count, subdirs)
+    digest = md5.hex() if md5 else ""
+    # The class's own constructor takes as long as the query.
+    return tuple.__new__(
+        Node, (ino, parent, name, is_dir != 0, size, mtime_ns, tag, digest, source, first, count, subdirs)
+    )
 
 
 class DigestBuilder:

@@ -26,6 +26,9 @@ STARTS_AFTER = 2
 DENSITY = 4
 """A stream must have opened one in so many of the inodes that it passed: random opens near each other have not."""
 
+TOGETHER = 16
+"""Files fetched at once when the window is wide: one query, and threads that read several from the disk together."""
+
 MAX_FILES = 1024
 """Files ahead of one stream at the most; memory ends it earlier for all but the smallest files."""
 
@@ -49,7 +52,9 @@ class Stream:
         if self.opened < STARTS_AFTER or self.opened * DENSITY < self.position - self.begin:
             return range(0)
         start = max(self.ahead, self.position + 1)
-        return range(start, self.position + 1 + min(2 * self.opened, MAX_FILES))
+        window = min(2 * self.opened, MAX_FILES)
+        found = range(start, self.position + 1 + window)
+        return found if len(found) >= min(TOGETHER, window // 4) else range(0)
 
 
 class FileOrder:

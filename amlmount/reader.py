@@ -94,6 +94,14 @@ class FileReader:
             return parts
         return tuple(self._cut(part, fetcher.take(key)) for part, key in zip(parts, keys, strict=True))
 
+    def ahead(self) -> bool:
+        """Fetch the file's first block ahead of need; False where `Fetcher.ahead` would not."""
+        if self._size == 0:
+            return True
+        if self._window is None:
+            return self._fetcher.ahead(self.file, self._whole)
+        return self._fetcher.ahead(self.file, self.file.key(block_at(0, self._size)))
+
     def go_on(self) -> None:
         """Fetch what the last read's window wants."""
         if self._advice is not None:
@@ -149,7 +157,7 @@ class FileReader:
                 held = ByteRange(max(block.start, wanted.start), min(block.stop, wanted.stop))
                 if self._fetcher.known(self.file.key(block)) or self._piece_at(held.start) is not None:
                     continue
-            if not self._fetcher.ahead(self.file, held):
+            if not self._fetcher.ahead(self.file, self.file.key(held)):
                 return max(block.start, wanted.start)
             if held != block:
                 self._pieces.append(held)

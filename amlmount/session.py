@@ -7,6 +7,7 @@ the store does; an unmount from outside ends it too.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
@@ -201,6 +202,8 @@ class MountSession:
                     )
                     self._state = "mounted"
                     self._log.info("mounted", ref=spec.ref, path=spec.path, digest=spec.digest)
+                    gc.freeze()  # what is here stays: the collector need not look at it again
+                    gc.set_threshold(50_000, 20, 50)
                     ready()
         except trio.TooSlowError:
             raise MountFailed(f"{spec.path}: the kernel did not answer in 30 s") from None

@@ -16,6 +16,7 @@ from amlmount.manifest import ROOT, Manifest, Node
 
 # A cached node is about 400 bytes: 16,384 of them are 6 MB, and the lookups of one directory's files go to few folders.
 _NODES = 16_384
+_FOLDERS = 1_024
 
 
 class FileObject(NamedTuple):
@@ -31,6 +32,7 @@ class Tree:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._nodes: LRUCache[int, Node] = LRUCache(_NODES)
+        self._folders: LRUCache[int, str] = LRUCache(_FOLDERS)
         self._levels = manifest.levels()
 
     @property
@@ -70,13 +72,17 @@ class Tree:
 
     def path(self, node: Node) -> str:
         """Return a node's path in the tree."""
-        parts: list[bytes] = []
-        while node.ino != ROOT:
-            parts.append(node.name)
-            parent = self.get(node.parent)
-            assert parent is not None, "every inode but the root has a parent: Manifest.check"
-            node = parent
-        return text(b"/".join(reversed(parts)))
+        return self._folder(node.parent) + text(node.name) if node.ino != ROOT else ""
+
+    def _folder(self, ino: int) -> str:
+        """Return a directory's path and the slash behind it; empty for the root."""
+        path = self._folders.get(ino)
+        if path is None:
+            node = self.get(ino)
+            assert node is not None, "every inode but the root has a parent: Manifest.check"
+            path = f"{self.path(node)}/" if ino != ROOT else ""
+            self._folders[ino] = path
+        return path
 
     def level_end(self, ino: int) -> int:
         """Return the inode after the last one as deep in the tree as `ino`.
@@ -86,11 +92,8 @@ class Tree:
         return self._levels[bisect_right(self._levels, ino)]
 
     def run(self, ino: int, limit: int) -> Sequence[Node]:
-        """Return up to `limit` inodes from number `ino` on, in order; they are remembered, as they are wanted soon."""
-        nodes = self._manifest.run(ino, limit)
-        for node in nodes:
-            self._nodes[node.ino] = node
-        return nodes
+        """Return up to `limit` inodes from number `ino` on, in order."""
+        return self._manifest.run(ino, limit)
 
     def any_object(self, source: int) -> FileObject | None:
         """Return the object of one file of a source, or None where it has none."""
