@@ -4,8 +4,8 @@ Layout, below `cache_dir/v2` (mode 0700): `ab/cdef...`, a file a block, named by
 blocks (see `packs`), named at random; `packs.sqlite`, their index; `tmp/`, files being written; `usage` and two locks
 beside it, the shared count of bytes (see that module).
 
-A block's record is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C and
-a CRC-32C of itself; what fails any of them is dropped, counted, and fetched again. So nothing is ever synced: a
+A block's record is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C
+and a CRC-32C of itself; what fails any of them is dropped, counted, and fetched again. So nothing is ever synced: a
 torn file after a crash is a missed block. Files appear by rename.
 
 Nothing here raises into a read. A disk that fails, is full, read-only or gone costs speed: blocks are not written, and
@@ -384,9 +384,7 @@ class BlockCache:
         packed = blocks[0][0].length < self._packed_below
         if packed:
             there = self._index.find([key for key, _ in blocks])
-            blocks = [
-                (key, data) for key, data in {key: data for key, data in blocks}.items() if key not in there
-            ]
+            blocks = [(key, data) for key, data in dict(blocks).items() if key not in there]
             if not blocks:
                 return True
             name = os.urandom(32).hex()

@@ -1,4 +1,6 @@
-"""The small local socket of one mount session: one JSON question a connection, one JSON answer.
+"""The small local socket of one mount session: one question a connection, one answer.
+
+A question is a line of JSON; where it says `"bytes": N`, so many bytes of any kind follow it. The answer is JSON.
 
 It lies beside the session's record in the user's run folder (mode 0700), so only that user and root reach it. A record
 is removed by its session; one whose process is gone is removed by whoever finds it.
@@ -14,16 +16,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
-import trio
 
 from amlmount.dataset import MountStatus, utf8
+from amlmount.errors import UsageError
+
+if TYPE_CHECKING:
+    import trio  # only a session serves: whoever asks need not import it
 
 MAX_QUESTION = 1 << 20
-_ANSWER_TIMEOUT_S = 10
+MAX_BODY = 256 << 20
+"""Bytes that may follow a question: an order of 64 million files."""
+
+_PIECE = 1 << 20
+_PIECE_TIMEOUT_S = 10  # for each piece that is received or sent: large ones may take longer
+_ANSWER_TIMEOUT_S = 60
 
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,14 +126,26 @@ def _address(run: Path, path: str) -> Iterator[str]:
         os.close(fd)
 
 
-def ask(run: Path, path: str, question: dict[str, Any], timeout_s: float = 3.0) -> dict[str, Any] | None:
-    """Ask the session at a mount point; None where it does not answer in time."""
+def ask(
+    run: Path, path: str, question: dict[str, Any], body: bytes = b"", timeout_s: float = 3.0
+) -> dict[str, Any] | None:
+    """Ask the session at a mount point; None where it does not answer, or not within `timeout_s` of the last byte.
+
+    Raises UsageError where the body is too long for any session.
+    """
+    if len(body) > MAX_BODY:
+        raise UsageError(f"{len(body):,} bytes are too many for one question", hint="ask in parts")
+    if body:
+        question = {**question, "bytes": len(body)}
     try:
         with socket.socket(socket.AF_UNIX) as client, _address(run, path) as address:
             client.settimeout(timeout_s)
             client.connect(address)
-            client.sendall(json.dumps(question).encode() + b"\n")
-            answer = b""
+            with suppress(BrokenPipeError, ConnectionResetError):  # it may refuse before it has read all
+                client.sendall(json.dumps(question).encode() + b"\n")
+                for start in range(0, len(body), _PIECE):
+                    client.sendall(memoryview(body)[start : start + _PIECE])
+            answer = bytearray()
             while chunk := client.recv(65536):
                 answer += chunk
             decoded = json.loads(answer)
@@ -137,9 +159,11 @@ async def serve(
     path: str,
     answer: Callable[[dict[str, Any], bytes], dict[str, Any]],
     *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None],
 ) -> None:
-    """Answer questions until cancelled."""
+    """Answer questions until cancelled. Each is answered in a thread: `answer(question, body)` may take its time."""
+    import trio
+
     listener = trio.socket.socket(trio.socket.AF_UNIX)
     with _address(run, path) as address:
         with suppress(FileNotFoundError):
@@ -149,22 +173,47 @@ async def serve(
     listener.listen(16)
 
     async def one(stream: trio.SocketStream) -> None:
-        with trio.move_on_after(_ANSWER_TIMEOUT_S), suppress(trio.BrokenResourceError, ValueError):
-            question = b""
-            while not question.endswith(b"\n") and len(question) < MAX_QUESTION:
-                chunk = await stream.receive_some(65536)
-                if not chunk:
-                    return
-                question += chunk
-            decoded = json.loads(question)
-            # Not on the event loop: an answer may look at the cache disk, and one that hangs must not stop the mount.
-            question_of = decoded if isinstance(decoded, dict) else {}
-            said = await trio.to_thread.run_sync(answer, question_of, b"", abandon_on_cancel=True)
-            await stream.send_all(json.dumps(said).encode())
+        with suppress(trio.BrokenResourceError, trio.TooSlowError, ValueError):
+            question, body = await _question(stream)
+            with trio.fail_after(_ANSWER_TIMEOUT_S):
+                # Not on the event loop: an answer may look at the cache disk; one that hangs must not stop the mount.
+                try:
+                    said = await trio.to_thread.run_sync(answer, question, body, abandon_on_cancel=True)
+                except Exception as error:  # noqa: BLE001  # a bug must cost one answer, not the mount
+                    said = {"error": f"unexpected {type(error).__name__}: {error}"}
+            with trio.fail_after(_PIECE_TIMEOUT_S):
+                await stream.send_all(json.dumps(said).encode())
         await trio.aclose_forcefully(stream)
 
     task_status.started()
     await trio.serve_listeners(one, [trio.SocketListener(listener)])
+
+
+async def _question(stream: trio.SocketStream) -> tuple[dict[str, Any], bytes]:
+    """Read a question and its body; raise ValueError for what is none, TooSlowError where it stops coming."""
+    import trio
+
+    async def piece(limit: int) -> bytes:
+        with trio.fail_after(_PIECE_TIMEOUT_S):
+            received = await stream.receive_some(min(limit, _PIECE))
+        if not received:
+            raise ValueError("it ended early")
+        return received
+
+    received = b""
+    while b"\n" not in received:
+        received += await piece(MAX_QUESTION - len(received))
+        if len(received) == MAX_QUESTION and b"\n" not in received:
+            raise ValueError("the question is too long")
+    line, _, start = received.partition(b"\n")
+    question = json.loads(line)
+    size = question.get("bytes", 0) if isinstance(question, dict) else None
+    if not isinstance(size, int) or not len(start) <= size <= MAX_BODY:
+        raise ValueError("it has no question's form")
+    body = bytearray(start)
+    while len(body) < size:
+        body += await piece(size - len(body))
+    return question, bytes(body)
 
 
 def status_of(run: Path, record: SessionRecord) -> MountStatus:

@@ -17,6 +17,7 @@ from amlmount import __version__, logs
 from amlmount.catalog import Catalog
 from amlmount.cli_catalog import add_commands
 from amlmount.cli_datastore import datastore
+from amlmount.cli_prefetch import prefetch
 from amlmount.config import SETTINGS, Places, load, places
 from amlmount.dataset import MountSpec
 from amlmount.errors import AmlmountError, UsageError
@@ -235,6 +236,7 @@ def config(where: Places, /, as_json: bool, **flags: str | None) -> None:
 
 add_commands(cli)
 cli.add_command(datastore)
+cli.add_command(prefetch)
 
 
 def main() -> NoReturn:

@@ -77,6 +77,12 @@ def _log_level(text: str) -> str:
     return text.lower()
 
 
+def _order(text: str) -> str:
+    if text.lower() not in ("auto", "learned"):
+        raise ValueError("auto or learned")
+    return text.lower()
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of one process, checked. Sizes in bytes, durations in seconds."""
@@ -91,6 +97,8 @@ class Settings:
     stall_timeout: float = 10.0
     connections: int = 32
     read_ahead: int = MIB
+    order: str = "auto"
+    """auto: as declared, else as in the tree; learned: as in an earlier pass, too."""
     log_level: str = "info"
     null_reads: bool = False
 
@@ -118,6 +126,7 @@ SETTINGS = (
     Setting(
         "read_ahead", _positive_size, "bytes of kernel read-ahead, where the user has the right to set it"
     ),
+    Setting("order", _order, "what is fetched before it is read: auto, or learned from an earlier pass, too"),
     Setting("log_level", _log_level, "debug, info, warning or error"),
     Setting("null_reads", _flag, "answer reads with zeros: measures the FUSE ceiling"),
 )

@@ -96,6 +96,11 @@ class _Line:
         return sum(epoch.bytes for epoch in self._epochs)
 
     @property
+    def ahead(self) -> int:
+        """Files fetched and not read yet."""
+        return len(self._ahead)
+
+    @property
     def queued(self) -> int:
         """Epochs not read to their end."""
         return sum(epoch.end - 1 > self._front for epoch in self._epochs)
@@ -317,6 +322,11 @@ class DeclaredOrder:
         """Take note that the first `count` of the files last returned are fetched or on their way, and the rest not."""
         if self._turn is not None:
             self._turn.fetched(count)
+
+    @property
+    def ahead(self) -> int:
+        """Files fetched ahead and not read yet."""
+        return sum(line.ahead for line in self._lines.values())
 
     def given_up(self) -> list[int]:
         """Return the files fetched ahead that nobody is expected to read any more, each once: their memory is free."""

@@ -134,6 +134,11 @@ class Desk:
             self._active.popitem(last=False)
         return len(self._active)
 
+    @property
+    def active(self) -> int:
+        """Large files being read, as of the last read. Thread-safe."""
+        return len(self._active)
+
     def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer] | Waiting:
         """Return the bytes [offset, offset + size) of a file, fewer only at its end, or what they wait for.
 

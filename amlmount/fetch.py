@@ -194,6 +194,10 @@ class Fetcher:
         """Note that a block was read to its end."""
         self._memory.spent(key)
 
+    def give_up(self, key: BlockKey) -> None:
+        """Note that a block fetched ahead is not expected to be read any more."""
+        self._memory.give_up(key)
+
     def _recent_failure(self, file: PinnedFile) -> AmlmountError | None:
         failed = self._failed.get(file.digest)
         if failed is None:
@@ -329,8 +333,8 @@ class Fetcher:
         left = [entry for entry in tries if entry.flight.skip_disk]
         asked = [entry for entry in tries if not entry.flight.skip_disk]
         found: list[Landing] = []
-        for entry, data in zip(asked, cache.read_all([e.flight.key for e in asked]), strict=True):
-            key, within = entry.flight.key, entry.flight.within
+        for entry, held in zip(asked, cache.read_all([e.flight.key for e in asked]), strict=True):
+            key, within, data = entry.flight.key, entry.flight.within, held
             if data is None and within is not None:
                 key, data = within, cache.read(within)
             if data is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -189,6 +189,14 @@ class Manifest:
         )
         return [_node(row) for row in rows]
 
+    def nodes(self, inodes: Sequence[int]) -> list[Node]:
+        """Return those of up to 1,000 inodes that there are, in no particular order."""
+        marks = ",".join("?" * len(inodes))
+        return [
+            _node(row)
+            for row in self._db.execute(f"SELECT {_COLUMNS} FROM node WHERE ino IN ({marks})", inodes)
+        ]
+
     def levels(self) -> list[int]:
         """Return the first inode of each depth, the root's and one past the last included."""
         found, begin, end = [ROOT], ROOT, ROOT + 1
@@ -218,6 +226,13 @@ class Manifest:
         )
         return [_node(row) for row in rows]
 
+    def files_in(self, directory: Node) -> Iterator[tuple[bytes, int]]:
+        """Yield name and inode of each file in a directory, in name order."""
+        return self._db.execute(
+            "SELECT name, ino FROM node WHERE ino >= ? AND ino < ? AND dir = 0 ORDER BY ino",
+            (directory.first, directory.first + directory.children),
+        )
+
     def path_of(self, node: Node) -> bytes:
         """Return a node's path in the tree; empty for the root."""
         parts: list[bytes] = []
@@ -234,21 +249,22 @@ class Manifest:
         root = self.get(ROOT)
         if root is None:
             raise ManifestError(f"{self.path} is damaged: it has no root")
-        stack: list[tuple[bytes, Iterator[Node]]] = [(b"", iter(self._in_path_order(root)))]
+        stack: list[tuple[bytes, Iterator[Node]]] = [(b"", iter(self.in_path_order(root)))]
         while stack:
             prefix, nodes = stack[-1]
             node = next(nodes, None)
             if node is None:
                 stack.pop()
             elif node.is_dir and node.children:
-                stack.append((prefix + node.name + b"/", iter(self._in_path_order(node))))
+                stack.append((prefix + node.name + b"/", iter(self.in_path_order(node))))
             else:
                 path = prefix + node.name
                 yield ManifestEntry(
                     path, node.size, node.mtime_ns, node.tag, node.md5, node.source, node.is_dir
                 )
 
-    def _in_path_order(self, directory: Node) -> list[Node]:
+    def in_path_order(self, directory: Node) -> list[Node]:
+        """Return a directory's children in the order of the paths below them."""
         # A path below "a" begins with "a/", and "a-b" sorts before that: so a folder's key is its name with the slash.
         return sorted(
             self.children(directory), key=lambda n: n.name + b"/" if n.is_dir and n.children else n.name

@@ -147,6 +147,17 @@ class BlockMemory:
             while self._spent_bytes > SPENT_BYTES:
                 self._evict(False)
 
+    def give_up(self, key: BlockKey) -> None:
+        """Note that a block fetched ahead is not expected to be read: it goes before all others."""
+        block = self._live.get(key)
+        if block is not None and block.ahead:
+            del self._live[key]
+            self._spent[key] = block
+            self._spent.move_to_end(key, last=False)
+            self._spent_bytes += len(block.data)
+            while self._spent_bytes > SPENT_BYTES:
+                self._evict(False)
+
     def _evict(self, may_evict_unread: bool) -> bool:
         if self._spent:
             _, block = self._spent.popitem(last=False)

@@ -102,6 +102,11 @@ class FileReader:
             return self._fetcher.ahead(self.file, self._whole)
         return self._fetcher.ahead(self.file, self.file.key(block_at(0, self._size)))
 
+    def give_up(self) -> None:
+        """Let the first block go first, if it was fetched ahead and not read."""
+        if self._size:
+            self._fetcher.give_up(self.file.key(block_at(0, self._size)))
+
     def go_on(self) -> None:
         """Fetch what the last read's window wants."""
         if self._advice is not None:

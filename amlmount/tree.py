@@ -6,7 +6,7 @@ Pure but for SQLite page reads. Not safe for several threads; the session's one 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -94,6 +94,10 @@ class Tree:
     def run(self, ino: int, limit: int) -> Sequence[Node]:
         """Return up to `limit` inodes from number `ino` on, in order."""
         return self._manifest.run(ino, limit)
+
+    def nodes(self, inodes: Sequence[int]) -> Mapping[int, Node]:
+        """Return these inodes by number."""
+        return {node.ino: node for node in self._manifest.nodes(inodes)}
 
     def any_object(self, source: int) -> FileObject | None:
         """Return the object of one file of a source, or None where it has none."""
