@@ -58,9 +58,9 @@ def declare(
     return int(_tell(run, record, question, pack(inodes))["queued"])
 
 
-def declare_learned(run: Path, record: SessionRecord) -> dict[str, Any]:
-    """Have the session declare the order that it has seen in earlier reads; return what it says of that."""
-    return _tell(run, record, {"ask": "prefetch", "order": "learned"}, b"")
+def learn(run: Path, record: SessionRecord) -> None:
+    """Have the session record the order of the reads, and go by it in the next pass."""
+    _tell(run, record, {"ask": "prefetch", "order": "learned"}, b"")
 
 
 def _tell(run: Path, record: SessionRecord, question: dict[str, Any], body: bytes) -> dict[str, Any]:

@@ -4,9 +4,8 @@ Layout, below `cache_dir/v2` (mode 0700): `ab/cdef...`, a file a block, named by
 blocks (see `packs`), named at random; `packs.sqlite`, their index; `tmp/`, files being written; `usage` and two locks
 beside it, the shared count of bytes (see that module).
 
-A block's record is a header of 64 bytes and the data. The header holds the key's digest, the data's length and CRC-32C
-and a CRC-32C of itself; what fails any of them is dropped, counted, and fetched again. So nothing is ever synced: a
-torn file after a crash is a missed block. Files appear by rename.
+A block's record checks itself (see `blockfile`); what fails is dropped, counted, and fetched again. So nothing is ever
+synced: a torn file after a crash is a missed block. Files appear by rename.
 
 Nothing here raises into a read. A disk that fails, is full, read-only or gone costs speed: blocks are not written, and
 after three errors in a row the cache is left alone for a while. Writes happen behind the read, in two threads, from a
@@ -18,18 +17,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import crc32c
 import structlog
 
-from amlmount.blockfile import BlockFileWriter
+from amlmount.behind import Waiting, WriteQueue
+from amlmount.blockfile import HEADER_BYTES, BlockFileWriter, decode, encode_header, record_bytes, space_of
 from amlmount.blocks import BLOCK_SIZE, KIB, MIB, BlockKey
 from amlmount.logs import Thinned
 from amlmount.metrics import Counters
@@ -38,16 +35,9 @@ from amlmount.quota import Quota, Victim, limit_of, victims
 from amlmount.usage import Usage
 
 FORMAT = "v2"
-_MAGIC = b"AMLB\x00\x01"
-_HEADER = struct.Struct("<6sHQI32s8x")  # magic, reserved, data length, data CRC-32C, key digest
-HEADER_BYTES = _HEADER.size + 4  # ends with the CRC-32C of what is before it
-_PAGE = 4096
 PACKED_BELOW = 512 * KIB
 """Bytes of a block from which it has a file of its own."""
 
-_PACK_BYTES = BLOCK_SIZE  # of a full pack: 40 files of 100 KB
-_PACK_BLOCKS = 500  # one call writes no more than 1,024 pieces (IOV_MAX)
-_LINGER_S = 0.25  # a small block waits so long for company
 _GROUP = 50_000  # blocks looked at together when evicting: 10 MB of memory
 _TOUCH_NS = 600 * 1_000_000_000  # a hit is noted on disk when the last note is older than this
 _ERRORS = 3
@@ -56,41 +46,11 @@ _DOWN_S = 30.0
 _FULL_S = 5.0
 
 
-def encode_header(key: BlockKey, data: memoryview) -> bytes:
-    """Return the 64 bytes in front of a block's data."""
-    head = _HEADER.pack(_MAGIC, 0, len(data), crc32c.crc32c(data), key.digest())
-    return head + struct.pack("<I", crc32c.crc32c(head))
-
-
-def decode(key: BlockKey, raw: bytes | bytearray) -> memoryview | None:
-    """Return the data of a block file's content, or None where anything about it is wrong."""
-    if len(raw) != HEADER_BYTES + key.length:
-        return None
-    view = memoryview(raw)
-    head = view[: _HEADER.size]
-    if crc32c.crc32c(head) != int.from_bytes(view[_HEADER.size : HEADER_BYTES], "little"):
-        return None
-    magic, _, length, crc, digest = _HEADER.unpack(head)
-    data = view[HEADER_BYTES:]
-    if magic != _MAGIC or length != len(data) or digest != key.digest() or crc32c.crc32c(data) != crc:
-        return None
-    return data
-
-
-def _record(key: BlockKey) -> int:
-    return HEADER_BYTES + key.length
-
-
-def _starts(blocks: Iterable[tuple[BlockKey, memoryview]]) -> Iterator[tuple[BlockKey, int]]:
+def _starts(blocks: Iterable[Waiting]) -> Iterator[tuple[BlockKey, int]]:
     at = 0
     for key, _ in blocks:
         yield key, at
-        at += _record(key)
-
-
-def space_of(length: int) -> int:
-    """Return the bytes of disk that a block of `length` bytes is counted for."""
-    return -(-(HEADER_BYTES + length) // _PAGE) * _PAGE
+        at += record_bytes(key)
 
 
 class BlockCache:
@@ -111,20 +71,13 @@ class BlockCache:
         self._top = folder / FORMAT
         self._cache_size = cache_size
         self._min_free = min_free
-        self._queue_limit = queue_bytes
         self._counters = counters
         self._log = log
         self._thinned = Thinned()
         self._errors = 0
         self._down_until = 0.0
         self._no_write_until = 0.0
-        self._queue: deque[tuple[BlockKey, memoryview]] = deque()
-        self._small: list[tuple[BlockKey, memoryview]] = []
-        self._small_bytes = 0
-        self._small_since = 0.0
-        self._queued = 0
-        self._wake = threading.Condition()
-        self._closing = False
+        self._queue = WriteQueue(queue_bytes, packed_below)
         self._names = 0
         self._usage = Usage(self._top)
         self._index = PackIndex(self._top / "packs.sqlite")
@@ -214,7 +167,7 @@ class BlockCache:
             for key in keys:
                 if key.length >= self._packed_below:
                     found[key] = self._read_file(
-                        self._path(key.digest().hex()), [Read(key, 0, _record(key))]
+                        self._path(key.digest().hex()), [Read(key, 0, record_bytes(key))]
                     ).get(key)
             self._errors = 0
         except OSError as error:
@@ -225,7 +178,7 @@ class BlockCache:
     def _read_packed(self, keys: Sequence[BlockKey]) -> dict[BlockKey, memoryview | None]:
         packs: dict[str, list[Read]] = {}
         for key, place in self._index.find(keys).items():
-            packs.setdefault(place.pack, []).append(Read(key, place.start, _record(key)))
+            packs.setdefault(place.pack, []).append(Read(key, place.start, record_bytes(key)))
         found: dict[BlockKey, memoryview | None] = {}
         for name, records in packs.items():
             try:
@@ -304,22 +257,10 @@ class BlockCache:
     def offer(self, key: BlockKey, data: memoryview) -> bool:
         """Take a block to be written behind the read; False where it will not be."""
         now = time.monotonic()
-        refused = not self.enabled or now < self._down_until or now < self._no_write_until or self._closing
-        with self._wake:
-            if refused or self._queued + len(data) > self._queue_limit:
-                self._counters.cache_dropped += self.enabled
-                return False
-            self._queued += len(data)
-            if len(data) >= self._packed_below:
-                self._queue.append((key, data))
-                self._wake.notify()
-            else:
-                self._small.append((key, data))
-                self._small_bytes += _record(key)
-                if len(self._small) == 1:
-                    self._small_since = now
-                if len(self._small) == 1 or self._small_bytes >= _PACK_BYTES:
-                    self._wake.notify()
+        refused = not self.enabled or now < self._down_until or now < self._no_write_until
+        if refused or not self._queue.put(key, data):
+            self._counters.cache_dropped += self.enabled
+            return False
         return True
 
     def _tidy(self) -> None:
@@ -337,7 +278,7 @@ class BlockCache:
         if first:
             self._tidy()
         files = BlockFileWriter(HEADER_BYTES + BLOCK_SIZE)
-        while (blocks := self._next()) is not None:
+        while (blocks := self._queue.take()) is not None:
             try:
                 written = self._write(files, blocks)
             except OSError as error:
@@ -349,38 +290,9 @@ class BlockCache:
                 self._counters.cache_dropped += len(blocks)
             size = sum(len(data) for _, data in blocks)
             del blocks
-            with self._wake:
-                self._queued -= size
-                self._wake.notify_all()
+            self._queue.written(size)
 
-    def _next(self) -> list[tuple[BlockKey, memoryview]] | None:
-        """Wait for a large block or enough small ones; None at the end."""
-        with self._wake:
-            while True:
-                if self._queue:
-                    return [self._queue.popleft()]
-                wait_s = None
-                if self._small:
-                    wait_s = self._small_since + _LINGER_S - time.monotonic()
-                    if self._small_bytes >= _PACK_BYTES or wait_s <= 0 or self._closing:
-                        return self._take_small()
-                elif self._closing:
-                    return None
-                self._wake.wait(wait_s)
-
-    def _take_small(self) -> list[tuple[BlockKey, memoryview]]:
-        size = count = 0
-        for key, _ in self._small[:_PACK_BLOCKS]:
-            if count and size + _record(key) > _PACK_BYTES:
-                break
-            size += _record(key)
-            count += 1
-        taken, self._small = self._small[:count], self._small[count:]
-        self._small_bytes -= size
-        self._small_since = time.monotonic()
-        return taken
-
-    def _write(self, files: BlockFileWriter, blocks: list[tuple[BlockKey, memoryview]]) -> bool:
+    def _write(self, files: BlockFileWriter, blocks: Sequence[Waiting]) -> bool:
         packed = blocks[0][0].length < self._packed_below
         if packed:
             there = self._index.find([key for key, _ in blocks])
@@ -392,7 +304,7 @@ class BlockCache:
             name = blocks[0][0].digest().hex()
             if os.path.lexists(self._path(name)):
                 return True
-        space = space_of(sum(_record(key) for key, _ in blocks) - HEADER_BYTES)
+        space = space_of(sum(record_bytes(key) for key, _ in blocks) - HEADER_BYTES)
         for evicted in (False, True):
             with self._writing():
                 short = self._reserve(space)
@@ -412,9 +324,7 @@ class BlockCache:
         with self._usage.writing():
             yield
 
-    def _publish(
-        self, files: BlockFileWriter, blocks: Sequence[tuple[BlockKey, memoryview]], name: str, space: int
-    ) -> None:
+    def _publish(self, files: BlockFileWriter, blocks: Sequence[Waiting], name: str, space: int) -> None:
         """Write a block or a pack whose space is set aside; where that fails, give it back."""
         path = self._path(name)
         self._names += 1
@@ -490,10 +400,5 @@ class BlockCache:
 
     def close(self, flush_s: float = 2.0) -> None:
         """Stop writing; blocks still queued are written for up to `flush_s` seconds."""
-        deadline = time.monotonic() + flush_s
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
-            while self._queued and (left := deadline - time.monotonic()) > 0:
-                self._wake.wait(left)
+        self._queue.close(flush_s)
         self._index.close()

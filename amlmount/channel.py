@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psutil
 
-from amlmount.dataset import MountStatus, utf8
+from amlmount.dataset import utf8
 from amlmount.errors import UsageError
+from amlmount.status import MountStatus
 
 if TYPE_CHECKING:
     import trio  # only a session serves: whoever asks need not import it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +17,7 @@ from amlmount.catalog import Catalog
 from amlmount.cli_catalog import add_commands
 from amlmount.cli_datastore import datastore
 from amlmount.cli_prefetch import prefetch
+from amlmount.cli_status import status
 from amlmount.config import SETTINGS, Places, load, places
 from amlmount.dataset import MountSpec
 from amlmount.errors import AmlmountError, UsageError
@@ -178,43 +178,6 @@ def umount(where: Places, path: str, lazy: bool, force: bool) -> None:
 
 
 @cli.command()
-@click.argument("path", required=False, type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="All there is to know, as JSON.")
-@click.pass_obj
-def status(where: Places, path: str | None, as_json: bool) -> None:
-    """Say what is mounted, by whom it is served and what it has done."""
-    from amlmount import channel, kernel
-
-    wanted = kernel.absolute(path) if path else None
-    found = [
-        channel.status_of(where.run, record)
-        for record in channel.records(where.run)
-        if (wanted is None or record.path == wanted)
-        and (channel.is_alive(record) or kernel.mounted_at(record.path))
-    ]
-    if as_json:
-        click.echo(json.dumps({"mounts": msgspec.to_builtins(found)}, indent=2))
-        return
-    if not found:
-        click.echo("nothing is mounted" if wanted is None else f"amlmount has nothing mounted at {wanted}")
-    for mounted in found:
-        seconds = max(0, int(time.time() - mounted.started_ns / 1e9))
-        click.echo(f"{mounted.ref} on {mounted.path}: {mounted.state}, pid {mounted.pid}, up {seconds} s")
-        click.echo(f"  digest {mounted.digest}, {mounted.files:,} files, {human_bytes(mounted.bytes)}")
-        if said := mounted.statistics:
-            click.echo(
-                f"  read {human_bytes(said['bytes_asked'])} in {said['reads']:,.0f} requests;"
-                f" from the store {human_bytes(said['bytes_fetched'])} ({said['fetched_per_asked']} per byte asked),"
-                f" from the cache disk {human_bytes(said['bytes_from_disk'])}"
-            )
-            click.echo(
-                f"  store: {said['requests']:,.0f} requests, {said['retries']:,.0f} retries,"
-                f" {said['throttled']:,.0f} throttled; errors to readers: {said['read_errors']:,.0f};"
-                f" damaged cache blocks: {said['cache_corrupt']:,.0f}"
-            )
-
-
-@cli.command()
 @click.option("--json", "as_json", is_flag=True)
 @setting_options
 @click.pass_obj
@@ -237,6 +200,7 @@ def config(where: Places, /, as_json: bool, **flags: str | None) -> None:
 add_commands(cli)
 cli.add_command(datastore)
 cli.add_command(prefetch)
+cli.add_command(status)
 
 
 def main() -> NoReturn:

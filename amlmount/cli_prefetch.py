@@ -13,7 +13,7 @@ from amlmount.config import Places
 from amlmount.errors import UsageError
 
 LEARNED = "learned"
-"""In place of a file: the order that the session has seen in earlier reads."""
+"""In place of a file: the order in which a pass is read is recorded, and declared for the next one."""
 
 
 @click.command()
@@ -38,21 +38,21 @@ def prefetch(
     target = kernel.absolute(path)
     record = announce.session_at(where.run, target)
     if order == LEARNED:
-        said = announce.declare_learned(where.run, record)
-        count, queued = int(said.get("files", 0)), int(said.get("queued", 1))
-    else:
-        names = None if order is None else namelist.split(_read(order), null=null)
-        with announce.open_manifest(record) as manifest:
-            if names is None:
-                inodes = namelist.files(manifest)
-            else:
-                named = namelist.resolve(names, manifest, [target, os.path.abspath(path)])
-                inodes = named.known(target, skip_unknown=skip_unknown)
-        if not inodes:
-            raise UsageError("the order holds no files")
-        count, queued = len(inodes), announce.declare(where.run, record, inodes, keep=0 if replace else None)
+        announce.learn(where.run, record)
+        click.echo(f"{record.ref} on {target}: the order of the reads is recorded, for the next pass")
+        return
+    names = None if order is None else namelist.split(_read(order), null=null)
+    with announce.open_manifest(record) as manifest:
+        if names is None:
+            inodes = namelist.files(manifest)
+        else:
+            named = namelist.resolve(names, manifest, [target, os.path.abspath(path)])
+            inodes = named.known(target, skip_unknown=skip_unknown)
+    if not inodes:
+        raise UsageError("the order holds no files")
+    queued = announce.declare(where.run, record, inodes, keep=0 if replace else None)
     orders = "1 order" if queued == 1 else f"{queued} orders"
-    click.echo(f"{record.ref} on {target}: {count:,} files declared; {orders} to be read")
+    click.echo(f"{record.ref} on {target}: {len(inodes):,} files declared; {orders} to be read")
 
 
 def _read(order: str) -> bytes:

@@ -181,22 +181,6 @@ class MountSpec(msgspec.Struct, frozen=True, kw_only=True):
     nonempty: bool = False
 
 
-class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What a running session says of itself; the form of `amlmount status --json`."""
-
-    ref: str
-    path: str
-    digest: str
-    mode: str
-    state: str
-    pid: int
-    """The process that serves the reads."""
-    started_ns: int
-    files: int
-    bytes: int
-    statistics: dict[str, float] = {}
-
-
 def utf8(name: str) -> bytes:
     """Return a name's bytes, as a file system wants them."""
     return name.encode("utf-8", "surrogateescape")

@@ -41,8 +41,8 @@ times and move the front 64 too far: that must come to far less than the one pos
 NEARBY, BELIEVED, PLACES = 64, 4, 8
 """Further away, so many reads within so few positions are; and so many places are watched for that."""
 
-START_SPREAD = 1024
-"""Positions that the slowest reader is taken to be behind before any was seen: 8 workers, 2 batches of 64 each."""
+START_SPREAD = 256
+"""Positions that the slowest reader is taken to be behind before any was seen: 4 workers, 2 batches of 32 each."""
 
 MAX_SPREAD = 32_768
 """The most that it can be behind: 64 workers, 2 batches of 256 each."""
@@ -169,10 +169,8 @@ class _Line:
         if self._reads % GENERATION == 0:
             self._spread, self._spread_now = self._spread_now, 0
         self._front = max(self._front, position)
-        if self._cursor < self._front - self._spread:
-            # Fetching has fallen behind the slowest reader, where it comes too late or the page cache has it: it
-            # goes on where nobody has been.
-            self._cursor = self._front + 1
+        # What is behind the front and not read is in the page cache, or about to be read by a slow reader.
+        self._cursor = max(self._cursor, self._front + 1)
         passed = self._passed()
         self._give_up(passed)
         while self._epochs and (not self._epochs[0].left or self._epochs[0].end <= passed):
@@ -194,11 +192,11 @@ class _Line:
 
     def _go_to(self, position: int) -> None:
         behind = self._front - position
-        if 0 < behind <= MAX_SPREAD:  # a slow reader: what it has before it is wanted after all
+        if 0 < behind <= MAX_SPREAD:  # a slow reader
             self._spread = self._spread_now = max(behind, self._spread)
         else:
             self._front = position
-        self._cursor = position + 1
+            self._cursor = position + 1
 
     def _give_up(self, before: int) -> None:
         while self._oldest and self._oldest[0] < before:

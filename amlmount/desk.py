@@ -135,6 +135,11 @@ class Desk:
         return len(self._active)
 
     @property
+    def waits_since(self) -> float | None:
+        """Moment since which at least one read has been waiting, or None. Thread-safe."""
+        return self._waiting_since if self._waiting else None
+
+    @property
     def active(self) -> int:
         """Large files being read, as of the last read. Thread-safe."""
         return len(self._active)
@@ -173,15 +178,18 @@ class Desk:
 
     async def wait(self, waiting: Waiting) -> Sequence[Buffer]:
         """Return the bytes that a read waits for; raise what `Fetcher.get` raises."""
+        began = time.monotonic()
         if self._waiting == 0:
-            self._waiting_since = time.monotonic()
+            self._waiting_since = began
         self._waiting += 1
         try:
             found = await waiting.reader.complete(waiting.parts)
         finally:
+            now = time.monotonic()
+            self._counters.read_wait.observe(now - began)
             self._waiting -= 1
             if self._waiting == 0:
-                self._counters.waiting_s += time.monotonic() - self._waiting_since
+                self._counters.waiting_s += now - self._waiting_since
         self._counters.bytes_asked += sum(map(len, found))
         return found
 

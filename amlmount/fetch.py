@@ -178,8 +178,10 @@ class Fetcher:
                 since = time.monotonic()
                 await flight.wait()
                 if flight.from_disk:
+                    self._counters.waited_disk += 1
                     self._counters.wait_disk_s += time.monotonic() - since
                 else:
+                    self._counters.waited_store += 1
                     self._counters.wait_store_s += time.monotonic() - since
                 if flight.error is not None:
                     raise _fresh(flight.error)

@@ -128,7 +128,7 @@ class _Table:
             if paths is None:
                 self._files = namelist.files(manifest)
                 return
-            several = [[path] if isinstance(path, Name) else path for path in paths]
+            several = [[path] if isinstance(path, str | bytes | os.PathLike) else path for path in paths]
             if any(len(each) != 1 for each in several):
                 self._starts = array("I", accumulate(map(len, several), initial=0))
             names: Iterable[bytes] = map(os.fsencode, chain.from_iterable(several))
@@ -169,6 +169,10 @@ def _indices(drawn: Iterable[Any]) -> list[int]:
             indices.append(element)
         elif hasattr(element, "__index__") and not getattr(element, "ndim", 0):
             indices.append(operator.index(element))
-        else:
+        elif isinstance(element, Sequence) or hasattr(
+            element, "ndim"
+        ):  # not an iterator: it could be read but once
             indices.extend(map(operator.index, element))
+        else:
+            raise TypeError(f"{type(element).__name__} is no index")
     return indices

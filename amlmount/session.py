@@ -31,7 +31,7 @@ from amlmount import channel, kernel
 from amlmount.cache import BlockCache
 from amlmount.catalog import Catalog
 from amlmount.config import Places, Settings, private_folder
-from amlmount.dataset import MountSpec, MountStatus, Source
+from amlmount.dataset import MountSpec, Source
 from amlmount.desk import Desk, Owner
 from amlmount.epoch import Epoch, unpack
 from amlmount.errors import (
@@ -49,6 +49,7 @@ from amlmount.memory import BlockMemory, default_budget, memory_limit, tune_mall
 from amlmount.metrics import Counters
 from amlmount.operations import Operations
 from amlmount.relay import Relay, device_fds
+from amlmount.status import History, MountStatus
 from amlmount.stores import Retrying, open_store
 from amlmount.tree import Tree
 
@@ -76,6 +77,7 @@ class MountSession:
         self._started_ns = time.time_ns()
         self._state = "starting"
         self._device = ""
+        self._history = History()
 
     def _open_stores(self, sources: Sequence[Source]) -> list[Retrying]:
         accesses = [self._catalog.access(source, os.environ) for source in sources]
@@ -194,6 +196,7 @@ class MountSession:
                     nursery.start_soon(self._main, nursery.cancel_scope)
                     nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
                     nursery.start_soon(self._fetcher.watch)
+                    nursery.start_soon(self._remember)
                     with trio.fail_after(30):
                         await answered.wait()
                     self._log.info(
@@ -284,9 +287,23 @@ class MountSession:
         except UsageError as error:
             return {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
 
+    def _figures(self) -> dict[str, float]:
+        figures = self._counters.snapshot()
+        since = self._desk.waits_since
+        if since is not None:
+            figures["waiting_s"] += time.monotonic() - since
+        return figures
+
+    async def _remember(self) -> None:
+        """Keep what the counters were, second by second, for a verdict; a task for ever."""
+        while True:
+            self._history.remember(time.monotonic(), self._figures())
+            await trio.sleep(1.0)
+
     def status(self) -> MountStatus:
         """Return what this session is and has done."""
-        statistics = self._counters.snapshot()
+        statistics = self._figures()
+        verdict = self._history.verdict(time.monotonic(), statistics)
         statistics |= {
             "memory_bytes": self._memory.used,
             "memory_budget_bytes": self._memory.budget,
@@ -300,7 +317,8 @@ class MountSession:
         return MountStatus(
             ref=spec.ref, path=spec.path, digest=spec.digest, mode="mount", state=self._state, pid=os.getpid(),
             started_ns=self._started_ns, files=self._desk.tree.info.files,
-            bytes=self._desk.tree.info.bytes, statistics=statistics,
+            bytes=self._desk.tree.info.bytes, statistics=statistics, histograms=self._counters.spreads(),
+            verdict=verdict,
         )  # fmt: skip
 
 

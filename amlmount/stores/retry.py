@@ -60,8 +60,11 @@ class Retrying:
         attempt = 0
         while True:
             self._counters.requests += 1
+            began = self._clock()
             try:
-                return attempt_once(attempt)
+                answer = attempt_once(attempt)
+                self._counters.request.observe(self._clock() - began)
+                return answer
             except TransientStoreError as error:
                 wait_s = delay_s(attempt, error.retry_after_s, self._random.random())
                 now = self._clock()
