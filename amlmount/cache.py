@@ -166,9 +166,9 @@ class BlockCache:
                 found = self._read_packed(packed)
             for key in keys:
                 if key.length >= self._packed_below:
-                    found[key] = self._read_file(
+                    found |= self._read_file(
                         self._path(key.digest().hex()), [Read(key, 0, record_bytes(key))]
-                    ).get(key)
+                    )
             self._errors = 0
         except OSError as error:
             self._failed("read", error)

@@ -304,13 +304,17 @@ class Fetcher:
 
     def _fly(self, tries: Sequence[Try]) -> None:
         try:
-            for number, entry in enumerate(self._from_disk(tries)):
-                entry.flight.skip_disk = True
-                if number:  # each waits for the store by itself
-                    entry.flight.phase_since = math.inf
-                    self._queue(entry.flight)
-                elif not entry.is_void:
-                    self._from_store(entry)
+            alone = len(tries) == 1
+            tries = [entry for entry in self._from_disk(tries) if not entry.is_void]
+            while tries:
+                flight = tries[0].flight
+                flight.skip_disk = True
+                if alone:
+                    self._from_store(tries[0])
+                else:  # each waits for the store by itself
+                    flight.phase_since = math.inf
+                    self._queue(flight)
+                tries = tries[1:]
         except Exception as error:  # noqa: BLE001  # whatever it is, the reads that wait must hear of it
             self._arrived(
                 [Landing(entry, None, entry.flight.key, from_disk=False, error=error) for entry in tries]

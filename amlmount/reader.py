@@ -92,7 +92,8 @@ class FileReader:
             for part in parts:
                 fetcher.start(self.file, part.held_in, part.within)
             return parts
-        return tuple(self._cut(part, fetcher.take(key)) for part, key in zip(parts, keys, strict=True))
+        blocks = [fetcher.take(key) for key in keys]  # all first: a block read to its end may push out another
+        return tuple(map(self._cut, parts, blocks))
 
     def ahead(self) -> bool:
         """Fetch the file's first block ahead of need; False where `Fetcher.ahead` would not."""

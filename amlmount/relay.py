@@ -135,6 +135,9 @@ class Relay:
                         else wire.entry(unique, found_entry, FOR_EVER_S)
                     ]
                 )
+        elif opcode == wire.GETXATTR and not wire.xattr_name(message).startswith(b"user."):
+            # `ls -l` asks for security and access lists of each file, unless it hears that there is no such thing.
+            self._write([wire.refusal(unique, errno.EOPNOTSUPP)])
         elif opcode in (wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT):
             return  # inodes are rows of the manifest; and who interrupts a read has its answer soon enough
         elif opcode in (wire.READDIR, wire.READDIRPLUS):

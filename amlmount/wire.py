@@ -12,7 +12,7 @@ from typing import NamedTuple
 HEADER = struct.Struct("=IIQQIIIHH")
 """fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding."""
 
-LOOKUP, FORGET, READ, INIT, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 2, 15, 26, 28, 36, 42, 44
+LOOKUP, FORGET, READ, GETXATTR, INIT, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 2, 15, 22, 26, 28, 36, 42, 44
 
 _OUT = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
 _READ_IN = struct.Struct("=QQI")  # fuse_read_in: fh, offset, size; more follows
@@ -77,6 +77,11 @@ def with_handle(message: memoryview, handle: int, most: int) -> bytes:
 def lookup_name(message: memoryview) -> bytes:
     """Return the name that a LOOKUP asks for."""
     return bytes(message[HEADER.size : -1])
+
+
+def xattr_name(message: memoryview) -> bytes:
+    """Return the name that a GETXATTR asks for (after fuse_getxattr_in: size, padding)."""
+    return bytes(message[HEADER.size + 8 : -1])
 
 
 def reply(unique: int, length: int) -> bytes:
