@@ -60,6 +60,7 @@ class Flight:
         "leased",
         "phase_since",
         "skip_disk",
+        "thread",
         "try_no",
         "within",
     )
@@ -78,6 +79,8 @@ class Flight:
         self.from_disk = False
         self.skip_disk = False
         """The cache disk has not got it, or does not answer."""
+        self.thread = 0
+        """Which thread took it."""
         self.try_no = 0
         self.phase_since = math.inf
 
@@ -204,5 +207,6 @@ class Crew:
     def _is_free(entry: Try) -> bool:
         if entry.is_void or entry.flight.phase_since != math.inf:
             return False
+        entry.flight.thread = threading.get_ident()
         entry.flight.phase_since = time.monotonic()
         return True

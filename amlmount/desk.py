@@ -155,9 +155,10 @@ class Desk:
             return (self._zeros[: max(0, min(size, self.node(ino).size - offset))],)
         reader = self._readers.get(ino)
         if reader is None or offset == 0:
-            self._reached = ino
             reader = reader or self.reader(ino)
+            self._reached = ino
         if reader.is_large:
+            self._readers.move_to_end(ino)  # it knows how the file is read
             self._active[ino] = time.monotonic()
             self._active.move_to_end(ino)
             self._going_on = reader

@@ -270,14 +270,17 @@ class Fetcher:
             await trio.sleep(DISK_PATIENCE_S / 4)
             self._look_around()
             late = time.monotonic() - DISK_PATIENCE_S
+            stuck = set()
             for flight in [f for f in self._flights.values() if f.phase_since < late]:
                 if self._cache is not None:
                     self._cache.mark_slow()
+                stuck.add(flight.thread)
                 flight.try_no += 1
                 flight.skip_disk = True
                 flight.phase_since = math.inf
                 flight.ahead = False  # whatever it was: soon
                 self._queue(flight)
+            for _ in stuck:
                 self._crew.replace()
 
     def _look_around(self) -> None:

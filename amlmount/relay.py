@@ -60,7 +60,7 @@ class Relay:
         self._library = trio.socket.from_stdlib_socket(ours)
         self._desk = desk
         self._counters = counters
-        self._buffer = bytearray(wire.MIN_READ_BUFFER)
+        self._buffer = bytearray(wire.READ_BUFFER)
         self._init = 0
         self.handleless = wire.Handleless(files=False, folders=False)
         self._passing: list[bytes] = []

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +50,19 @@ class Dataset:
 
     def add(self, container: str, name: str, size: int) -> Blob:
         """Write one file of `size` pseudo-random bytes, seeded by its name."""
+        generator = random.Random(f"{container}/{name}")
+        pieces = (generator.randbytes(min(MIB, size - start)) for start in range(0, size, MIB))
+        return self.add_pieces(container, name, pieces)
+
+    def add_pieces(self, container: str, name: str, pieces: Iterable[bytes]) -> Blob:
+        """Write one file of these pieces."""
         path = self.path(container, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.md5(usedforsecurity=False)
-        generator = random.Random(f"{container}/{name}")
+        digest, size = hashlib.md5(usedforsecurity=False), 0
         with path.open("wb") as file:
-            for start in range(0, size, MIB):
-                piece = generator.randbytes(min(MIB, size - start))
+            for piece in pieces:
                 digest.update(piece)
-                file.write(piece)
+                size += file.write(piece)
         os.utime(path, (MODIFIED_S, MODIFIED_S))
         blob = Blob(container, name, size, digest.digest())
         self.blobs.append(blob)
@@ -72,6 +76,11 @@ class Dataset:
         """Write the sorted index the origin serves lists, ETags and MD5s from."""
         ordered = sorted(self.blobs, key=lambda blob: (blob.container, blob.name.encode()))
         path.write_text("".join(blob.index_line() for blob in ordered), encoding="utf-8")
+
+
+def listing_name(number: int) -> str:
+    """The name origin.lua gives to a blob of a made-up container; the first is number 0."""
+    return f"part-{number // 1000:05d}/sample-{number:08d}.bin"
 
 
 @contextmanager

@@ -94,6 +94,13 @@ class Origin:
         return self._run / "ca.pem" if self.tls and self._run is not None else None
 
     @property
+    def folder(self) -> Path:
+        """A folder of this origin's own, gone with it."""
+        if self._run is None:
+            raise OriginError("the origin is not running")
+        return self._run
+
+    @property
     def pid(self) -> int:
         """nginx's master process; its workers are its children."""
         if self._process is None:

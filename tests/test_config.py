@@ -70,6 +70,7 @@ def test_every_setting_is_in_the_table_and_has_three_forms(home: dict[str, str])
         "stall_timeout": ("1", "2", "3.5"),
         "connections": ("1", "2", "3"),
         "read_ahead": ("1", "2", "3"),
+        "order": ("learned", "AUTO", "learned"),
         "log_level": ("debug", "INFO", "error"),
         "null_reads": ("true", "no", "on"),
     }
@@ -109,6 +110,7 @@ BAD = [
     ("connections", "2000", "1 to 1024"),
     ("connections", "many", "1 to 1024"),
     ("read_ahead", "-1", "at least 0"),
+    ("order", "random", "auto or learned"),
     ("log_level", "loud", "debug"),
     ("null_reads", "perhaps", "true or false"),
 ]

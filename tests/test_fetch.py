@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,8 @@ import structlog
 import trio
 
 from amlmount import fetch
-from amlmount.blocks import ByteRange
-from amlmount.cache import BlockCache
+from amlmount.blocks import BlockKey, ByteRange
+from amlmount.cache import FORMAT, PACKED_BELOW, BlockCache
 from amlmount.errors import (
     AmlmountError,
     ObjectChanged,
@@ -27,26 +27,40 @@ from amlmount.errors import (
 from amlmount.fetch import FAILED_FOR_S
 from amlmount.metrics import Counters
 from tests.fetch_rig import BLOCK, DATA, Rig, expected, rig
+from tests.mounting import until
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Callable[[], BlockCache]]:
-    made: list[BlockCache] = []
+class Caches:
+    """Caches on one folder, one after another."""
 
-    def make() -> BlockCache:
+    def __init__(self, folder: Path, *, packed_below: int) -> None:
+        self.folder = folder
+        self.packed_below = packed_below
+        self.made: list[BlockCache] = []
+
+    def open(self) -> BlockCache:
         opened = BlockCache(
-            tmp_path / "cache",
+            self.folder,
             cache_size=1 << 26,
             min_free=0,
             queue_bytes=1 << 26,
             counters=Counters(),
             log=structlog.get_logger(),
+            packed_below=self.packed_below,
         )
-        made.append(opened)
+        self.made.append(opened)
         return opened
 
-    yield make
-    for opened in made:
+    def files(self) -> list[Path]:
+        """Return the files that hold blocks."""
+        return list((self.folder / FORMAT).glob("??/*"))
+
+
+@pytest.fixture(params=[0, PACKED_BELOW], ids=["files", "packs"])
+def caches(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Caches]:
+    found = Caches(tmp_path / "cache", packed_below=request.param)
+    yield found
+    for opened in found.made:
         opened.close()
 
 
@@ -101,7 +115,7 @@ async def test_a_block_in_memory_is_asked_for_once() -> None:
 
 
 async def test_blocks_are_fetched_at_once_but_no_more_than_there_are_threads() -> None:
-    async with rig(threads=4) as r:
+    async with rig(connections=1) as r:  # small blocks: four for each connection
         r.fake.delay_s = 0.005
         got = await all_of(*(lambda n=n: r.get(n) for n in range(20)))
         assert got == [expected(n) for n in range(20)]
@@ -154,30 +168,31 @@ async def test_a_block_fetched_ahead_is_there_when_it_is_read() -> None:
 
 
 async def test_a_read_goes_before_what_is_fetched_ahead() -> None:
-    async with rig(threads=2) as r:
+    async with rig(connections=1) as r:
         with r.fake.held():
-            for number in range(4):
+            for number in range(6):
                 assert r.ahead(number)
-            await r.store_has(1)  # one of two threads may fetch ahead, the other waits for a read
+            await r.store_has(2)  # two of four threads may fetch ahead, the others wait for reads
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(r.get, 9)
-                await r.store_has(2)
-                assert r.numbers() == [0, 9]
+                await r.store_has(3)
+                assert set(r.numbers()[:2]) == {0, 1}
+                assert r.numbers()[2:] == [9]
                 r.fake._open.set()
         await r.landed()
-        assert sorted(r.numbers()) == [0, 1, 2, 3, 9]
+        assert sorted(r.numbers()) == [0, 1, 2, 3, 4, 5, 9]
 
 
 async def test_a_read_promotes_a_block_that_waits_its_turn() -> None:
-    async with rig(threads=2) as r:
+    async with rig(connections=1) as r:
         with r.fake.held():
             for number in range(4):
                 assert r.ahead(number)
-            await r.store_has(1)
+            await r.store_has(2)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(r.get, 3)
-                await r.store_has(2)
-                assert r.numbers() == [0, 3]
+                await r.store_has(3)
+                assert r.numbers()[2:] == [3]
                 r.fake._open.set()
         await r.landed()
         assert sorted(r.numbers()) == [0, 1, 2, 3]  # and it is not fetched a second time in its old place
@@ -185,7 +200,7 @@ async def test_a_read_promotes_a_block_that_waits_its_turn() -> None:
 
 
 async def test_prefetches_that_hang_leave_threads_for_reads() -> None:
-    async with rig(threads=8) as r:
+    async with rig(connections=2) as r:
         with r.fake.held():
             for number in range(12):
                 assert r.ahead(number)
@@ -239,7 +254,7 @@ async def test_blocks_read_to_their_end_make_room() -> None:
     async with rig(budget=2 * BLOCK) as r:
         await r.get(0)
         await r.get(1)
-        r.fetcher.spent(r.file, r.block(1))
+        r.fetcher.spent(r.key(1))
         await r.get(2)
         assert r.fetcher.known(r.file.key(r.block(0)))
         assert not r.fetcher.known(r.file.key(r.block(1)))
@@ -378,25 +393,25 @@ async def test_a_read_that_finds_no_memory_has_the_deadline_too(
 # The disk ------------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_fetched_is_on_the_disk_for_the_next_mount(cache: Callable[[], BlockCache]) -> None:
-    first = cache()
+async def test_what_was_fetched_is_on_the_disk_for_the_next_mount(caches: Caches) -> None:
+    first = caches.open()
     async with rig(cache=first) as r:
         obj = r.file
         assert await r.get(4) == expected(4)
         first.close()
-    async with rig(cache=cache()) as r:
+    async with rig(cache=caches.open()) as r:
         assert r.file == obj
         assert await r.get(4) == expected(4)
         assert r.fake.reads == []
         assert (r.counters.bytes_from_disk, r.counters.bytes_fetched) == (BLOCK, 0)
 
 
-async def test_a_piece_is_cut_from_a_block_on_the_disk(cache: Callable[[], BlockCache]) -> None:
-    first = cache()
+async def test_a_piece_is_cut_from_a_block_on_the_disk(caches: Caches) -> None:
+    first = caches.open()
     async with rig(cache=first) as r:
         await r.get(4)
         first.close()
-    async with rig(cache=cache()) as r:
+    async with rig(cache=caches.open()) as r:
         piece = ByteRange(4 * BLOCK + 100, 4 * BLOCK + 150)
         data = await r.fetcher.get(r.file, piece, within=r.block(4))
         assert bytes(data) == DATA[piece.start : piece.stop]
@@ -407,101 +422,190 @@ async def test_a_piece_is_cut_from_a_block_on_the_disk(cache: Callable[[], Block
         assert r.counters.bytes_from_disk == BLOCK
 
 
-async def test_a_piece_that_is_not_on_the_disk_is_fetched_alone(cache: Callable[[], BlockCache]) -> None:
-    async with rig(cache=cache()) as r:
+async def test_a_piece_that_is_not_on_the_disk_is_fetched_alone(caches: Caches) -> None:
+    async with rig(cache=caches.open()) as r:
         piece = ByteRange(4 * BLOCK + 100, 4 * BLOCK + 150)
         assert bytes(await r.fetcher.get(r.file, piece, within=r.block(4))) == DATA[piece.start : piece.stop]
         assert [(read.start, read.stop) for read in r.fake.reads] == [tuple(piece)]
 
 
-async def test_a_damaged_block_on_the_disk_is_fetched_again(
-    cache: Callable[[], BlockCache], tmp_path: Path
-) -> None:
-    first = cache()
+async def test_a_damaged_block_on_the_disk_is_fetched_again(caches: Caches) -> None:
+    first = caches.open()
     async with rig(cache=first) as r:
         await r.get(4)
         first.close()
-    (path,) = (tmp_path / "cache" / "v1").glob("??/*")
+    (path,) = caches.files()
     raw = bytearray(path.read_bytes())
     raw[500] ^= 1
     path.write_bytes(raw)
-    second = cache()
+    second = caches.open()
     async with rig(cache=second) as r:
         assert await r.get(4) == expected(4)
         assert r.numbers() == [4]
     assert second._counters.cache_corrupt == 1
 
 
-async def test_a_store_whose_blocks_are_not_worth_it_keeps_off_the_disk(
-    cache: Callable[[], BlockCache], tmp_path: Path
-) -> None:
-    opened = cache()
+async def test_a_store_whose_blocks_are_not_worth_it_keeps_off_the_disk(caches: Caches) -> None:
+    opened = caches.open()
     async with rig(cache=opened) as r:
         r.retrying.cacheable = False
         await r.get(0)
         opened.close()
     assert opened._counters.cache_misses == 0
-    assert list((tmp_path / "cache" / "v1").glob("??/*")) == []
+    assert caches.files() == []
 
 
 async def test_a_disk_that_does_not_come_back_is_passed_by(
-    cache: Callable[[], BlockCache], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "DISK_PATIENCE_S", 0.05)
-    opened = cache()
+    opened = Caches(tmp_path / "cache", packed_below=0).open()
     stuck, raised = threading.Event(), threading.Event()
-    real, calls = opened.read, list[str]()
+    real, calls = opened.read_all, list[str]()
 
-    def read(key: object) -> memoryview | None:
+    def read_all(keys: Sequence[BlockKey]) -> list[memoryview | None]:
+        if not keys:
+            return real(keys)
         calls.append(threading.current_thread().name)
         number = len(calls)
-        if number <= 2:
+        if number <= 4:
             stuck.wait(20)
         if number == 1:
             raised.set()
             raise RuntimeError("what a disk says in the end")
-        return real(key)  # type: ignore[arg-type]
+        return real(keys)
 
-    monkeypatch.setattr(opened, "read", read)
-    async with rig(cache=opened, threads=2) as r:
+    monkeypatch.setattr(opened, "read_all", read_all)
+    async with rig(cache=opened, connections=1) as r:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(r.fetcher.watch)
-            # Both threads are stuck on the disk; two more take their places.
-            got = await all_of(lambda: r.get(0), lambda: r.get(1), lambda: r.get(2))
-            assert got == [expected(0), expected(1), expected(2)]
-            assert len(set(calls)) >= 2
+            # All four threads are stuck on the disk; as many more take their places.
+            got = await all_of(*(lambda n=n: r.get(n) for n in range(4)))
+            assert got == [expected(n) for n in range(4)]
+            assert len(set(calls)) == 4
             # Marked slow: the disk is left alone for a while.
-            assert opened.read(r.file.key(r.block(0))) is None
+            assert opened.read(r.key(0)) is None
             stuck.set()
-            # What the two bring in the end, bytes and an error, is of no use to anybody any more.
+            # What the four bring in the end, bytes and an error, is of no use to anybody any more.
             await trio.to_thread.run_sync(raised.wait, 10)
-            assert await r.get(3) == expected(3)
             assert await r.get(4) == expected(4)
+            assert await r.get(5) == expected(5)
             nursery.cancel_scope.cancel()
-        assert sorted(r.numbers()) == [0, 1, 2, 3, 4]
+        assert sorted(r.numbers()) == [0, 1, 2, 3, 4, 5]
         assert r.fetcher.in_flight() == 0
-        assert r.memory.used == 5 * BLOCK
-    for thread in threading.enumerate():
-        if thread.name.startswith("fetch-"):
-            await trio.to_thread.run_sync(thread.join, 5)
-            assert not thread.is_alive()
+        assert r.memory.used == 6 * BLOCK
+    assert r.threads() == []
+    opened.close()
+
+
+async def test_one_thread_that_hangs_is_replaced_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it had taken several blocks together."""
+    monkeypatch.setattr(fetch, "DISK_PATIENCE_S", 0.05)
+    opened = Caches(tmp_path / "cache", packed_below=PACKED_BELOW).open()
+    stuck, groups = threading.Event(), list[int]()
+    real = opened.read_all
+
+    def read_all(keys: Sequence[BlockKey]) -> list[memoryview | None]:
+        groups.append(len(keys))
+        if len(keys) > 1:
+            stuck.wait(20)
+        return real(keys)
+
+    monkeypatch.setattr(opened, "read_all", read_all)
+    async with rig(cache=opened, connections=2) as r, trio.open_nursery() as nursery:
+        await r.get(0)  # one thread
+        with r.fetcher._crew._lock:
+            for number in range(1, 7):
+                assert r.ahead(number)
+            started = r.fetcher._crew._started
+        nursery.start_soon(r.fetcher.watch)
+        await r.landed()
+        assert max(groups) == 6
+        assert r.fetcher._crew._started == started + 1
+        stuck.set()
+        nursery.cancel_scope.cancel()
+    opened.close()
+
+
+async def test_blocks_that_are_not_on_the_disk_wait_for_the_store_together(tmp_path: Path) -> None:
+    """A thread takes several that may be there; none of those that are not waits for another's answer."""
+    opened = Caches(tmp_path / "cache", packed_below=PACKED_BELOW).open()
+    async with rig(cache=opened, connections=2) as r:
+        with r.fake.held():
+            with r.fetcher._crew._lock:  # so that one thread finds all of them in line
+                for number in range(6):
+                    assert r.ahead(number)
+            await r.store_has(6)
+            assert sorted(r.numbers()) == list(range(6))
+        await r.landed()
+    opened.close()
+
+
+async def test_a_bug_in_a_store_costs_only_the_block_that_it_was_asked_for(tmp_path: Path) -> None:
+    opened = Caches(tmp_path / "cache", packed_below=PACKED_BELOW).open()
+    async with rig(cache=opened, connections=2) as r:
+        files = [r.add(f"f{n}", DATA) for n in range(6)]
+        r.fake.fail(ZeroDivisionError("a bug"), path="f0", times=None)
+        with r.fetcher._crew._lock:
+            for file in files:
+                assert r.fetcher.ahead(file, file.key(r.block(0)))
+        await r.landed()
+        assert [r.fetcher.holds(file.key(r.block(0))) for file in files] == [False] + [True] * 5
+    opened.close()
+
+
+async def test_what_the_disk_cannot_have_is_not_looked_for(caches: Caches) -> None:
+    first = caches.open()
+    async with rig(cache=first) as r:
+        await r.get(4)
+        first.close()
+    opened = caches.open()
+    opened.look_around()
+    async with rig(cache=opened) as r:
+        assert await r.get(4) == expected(4)
+        assert await r.get(5) == expected(5)
+        assert r.numbers() == [5]
+        # Only of what has a file of its own the disk has to be asked.
+        assert opened._counters.cache_misses == (caches.packed_below == 0)
+
+
+async def test_what_another_mount_wrote_is_found(caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "DISK_PATIENCE_S", 0.05)
+    monkeypatch.setattr(fetch, "LOOK_AROUND_S", 0.01)
+    opened, other = caches.open(), caches.open()
+    opened.look_around()
+    async with rig(cache=other) as theirs:
+        await theirs.get(4)
+        other.close()
+    async with rig(cache=opened) as r, trio.open_nursery() as nursery:
+        nursery.start_soon(r.fetcher.watch)
+        await trio.to_thread.run_sync(until, lambda: opened.maybe(r.key(4)))
+        assert await r.get(4) == expected(4)
+        assert r.numbers() == []
+        nursery.cancel_scope.cancel()
 
 
 # The end -------------------------------------------------------------------------------------------------------
 
 
-async def test_threads_end_when_it_is_closed() -> None:
-    async with rig(threads=6) as r:
-        assert len(r.threads) == 6
-        await all_of(*(lambda n=n: r.get(n) for n in range(10)))
-    assert not [t for t in r.threads if t.is_alive()]
+async def test_threads_are_started_as_they_are_needed_and_end_when_it_is_closed() -> None:
+    async with rig(connections=2) as r:
+        assert r.threads() == []
+        await r.get(0)
+        assert len(r.threads()) == 1
+        r.fake.delay_s = 0.005
+        await all_of(*(lambda n=n: r.get(n) for n in range(20)))
+        assert len(r.threads()) == 8
+    assert r.threads() == []
 
 
 def test_a_read_that_comes_back_after_the_loops_end_troubles_nobody() -> None:
     made: list[Rig] = []
 
     async def main() -> None:
-        r = Rig(threads=2, budget=10 * BLOCK, patience_s=10, cache=None, read_timeout_s=60)
+        r = Rig(connections=1, budget=10 * BLOCK, patience_s=10, cache=None, read_timeout_s=60)
         made.append(r)
         r.fake._open.clear()
         assert r.ahead(0)
@@ -509,12 +613,12 @@ def test_a_read_that_comes_back_after_the_loops_end_troubles_nobody() -> None:
 
     trio.run(main)
     (r,) = made
+    (thread,) = r.threads()
     r.fake._open.set()
-    for thread in r.threads:
-        if r.numbers() == [0]:
-            r.fetcher.close()
-        thread.join(5)
-        assert not thread.is_alive()
+    r.fetcher.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert r.numbers() == [0]
 
 
 async def test_failures_of_stores_are_only_store_errors() -> None:

@@ -15,17 +15,20 @@ TOP = Path(amlmount.__file__).parent
 
 LAYERS = [
     ("vocabulary", "errors blocks dataset uri config logs metrics"),
-    ("pure core", "manifest builder tree window order quota"),
+    (
+        "pure core",
+        "manifest builder tree window order epoch course declared learned namelist quota status wire",
+    ),
     (
         "I/O leaves",
         "stores stores.base stores.blob stores.blob_rest stores.local stores.retry"
-        " credentials memory usage blockfile cache kernel",
+        " credentials memory usage blockfile behind packs cache kernel",
     ),
-    ("services", "catalog freeze fetch resolve"),
-    ("one open file", "reader across"),
-    ("adapter", "operations"),
-    ("composition", "channel session launch"),
-    ("entry", "cli cli_catalog cli_datastore demo __main__"),
+    ("services", "catalog freeze crew fetch resolve"),
+    ("one open file", "reader across desk"),
+    ("adapter", "operations relay"),
+    ("composition", "channel announce session launch"),
+    ("entry", "cli cli_catalog cli_datastore cli_prefetch cli_status readorder demo __main__"),
 ]
 """Each module imports only from its own layer and those above it in this list."""
 

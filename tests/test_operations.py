@@ -1,4 +1,7 @@
-"""The handlers, called without a mount: what each answers, and which errno each failure becomes."""
+"""The handlers that are left to the library, called without a mount: what each answers, and its errnos.
+
+Names and reads do not come here: see test_desk and test_relay.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from amlmount import errors
-from amlmount.blocks import ByteRange
 from amlmount.dataset import Source
-from amlmount.errors import AccessDenied, AmlmountError, ObjectChanged, ObjectMissing, StoreUnreachable
-from amlmount.fetch import Fetcher, PinnedFile
+from amlmount.desk import FOR_EVER_S, Desk, Owner
+from amlmount.errors import ManifestError
+from amlmount.fetch import Fetcher
 from amlmount.manifest import ROOT, Manifest
 from amlmount.metrics import Counters
-from amlmount.operations import FOR_EVER_S, Operations, Owner
+from amlmount.operations import Operations
 from amlmount.stores import Retrying
 from amlmount.tree import Tree
+from amlmount.wire import Handleless
 from tests.fake_store import FakeStore
 from tests.manifests import build, file, folder
 
@@ -44,54 +47,24 @@ ENTRIES = [
 CTX = cast("pyfuse3.RequestContext", None)
 
 
-class FakeFetcher:
-    """Serves zeros, or raises what it is told to."""
-
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
-        self.asked: list[ByteRange] = []
-
-    def window_limit(self, readers: int) -> int:
-        return 1 << 26
-
-    def known(self, key: object) -> bool:
-        return False
-
-    def start(self, pinned: PinnedFile, wanted: ByteRange, within: ByteRange | None = None) -> None:
-        return None
-
-    def ahead(self, pinned: PinnedFile, wanted: ByteRange) -> bool:
-        return True
-
-    def spent(self, pinned: PinnedFile, wanted: ByteRange) -> None:
-        return None
-
-    async def get(self, pinned: PinnedFile, wanted: ByteRange, within: ByteRange | None = None) -> memoryview:
-        self.asked.append(wanted)
-        if self.failure is not None:
-            raise self.failure
-        return memoryview(bytes(wanted.length))
+OWNER = Owner(7, 8, 0o022)
+OLD = Handleless(files=False, folders=False)
+NEW = Handleless(files=True, folders=True)
 
 
 class Mounted:
     """Operations over a real manifest, and the answers in a form that is easy to compare."""
 
-    def __init__(self, tree: Tree, **more: Any) -> None:
+    def __init__(self, tree: Tree, *, owner: Owner = OWNER) -> None:
         self.tree = tree
-        self.fetcher = FakeFetcher()
         self.counters = Counters()
         self.inits = 0
+        self.handleless = OLD
         stores = [Retrying(FakeStore(identity=f"fake:{n}"), patience_s=1) for n in range(2)]
-        self.ops = Operations(
-            tree,
-            stores,
-            cast("Fetcher", self.fetcher),
-            self.counters,
-            structlog.get_logger(),
-            owner=more.pop("owner", Owner(7, 8, 0o022)),
-            on_init=self._count,
-            **more,
-        )
+        desk = Desk(
+            tree, stores, cast("Fetcher", None), self.counters, structlog.get_logger(), owner=owner
+        )  # nothing is read here
+        self.ops = Operations(desk, stores, on_init=self._count, handleless=lambda: self.handleless)
 
     def _count(self) -> None:
         self.inits += 1
@@ -107,11 +80,8 @@ class Mounted:
     async def attributes(self, path: str) -> pyfuse3.EntryAttributes:
         return await self.ops.getattr(self.ino(path), CTX)
 
-    async def open(self, path: str, flags: int = os.O_RDONLY) -> pyfuse3.FileHandleT:
-        return (await self.ops.open(self.ino(path), pyfuse3.FlagT(flags), CTX)).fh
-
-    async def read(self, path: str, offset: int = 0, size: int = 100) -> bytes:
-        return bytes(await self.ops.read(pyfuse3.FileHandleT(self.ino(path)), offset, size))
+    async def open(self, path: str, flags: int = os.O_RDONLY) -> pyfuse3.FileInfo:
+        return await self.ops.open(self.ino(path), pyfuse3.FlagT(flags), CTX)
 
 
 async def refused(call: Awaitable[object]) -> str:
@@ -164,37 +134,18 @@ async def test_owner_and_umask(tree: Tree, umask: int) -> None:
     assert stat.S_IMODE((await mounted.attributes("d")).st_mode) == 0o555 & ~umask
 
 
-async def test_lookup(mounted: Mounted) -> None:
-    ops, root = mounted.ops, pyfuse3.InodeT(ROOT)
-    found = await ops.lookup(root, pyfuse3.FileNameT(b"a.txt"), CTX)
-    assert (found.st_ino, found.st_size) == (mounted.ino("a.txt"), 5)
-    same = await ops.lookup(mounted.ino("d"), pyfuse3.FileNameT(b"."), CTX)
-    assert same.st_ino == mounted.ino("d")
-    up = await ops.lookup(mounted.ino("d/e"), pyfuse3.FileNameT(b".."), CTX)
-    assert up.st_ino == mounted.ino("d")
-
-
-async def test_that_a_name_is_not_there_is_an_answer_to_remember(mounted: Mounted) -> None:
-    for parent in (pyfuse3.InodeT(ROOT), mounted.ino("a.txt"), mounted.ino("empty"), pyfuse3.InodeT(99_999)):
-        absent = await mounted.ops.lookup(parent, pyfuse3.FileNameT(b"nope"), CTX)
-        assert absent.st_ino == 0
-        assert absent.entry_timeout == FOR_EVER_S
-
-
 async def test_an_inode_that_never_was_is_stale(mounted: Mounted) -> None:
-    nowhere = 99_999
+    nowhere = pyfuse3.InodeT(99_999)
     ops = mounted.ops
-    assert await refused(ops.getattr(pyfuse3.InodeT(nowhere), CTX)) == "ESTALE"
-    assert await refused(ops.opendir(pyfuse3.InodeT(nowhere), CTX)) == "ESTALE"
-    assert await refused(ops.open(pyfuse3.InodeT(nowhere), pyfuse3.FlagT(0), CTX)) == "ESTALE"
-    assert await refused(ops.read(pyfuse3.FileHandleT(nowhere), 0, 1)) == "ESTALE"
-    assert await refused(ops.listxattr(pyfuse3.InodeT(nowhere), CTX)) == "ESTALE"
-    assert mounted.ops.open_files == 0
-
-
-async def test_forget_does_nothing(mounted: Mounted) -> None:
-    await mounted.ops.forget([(mounted.ino("a.txt"), 3)])
-    assert (await mounted.attributes("a.txt")).st_size == 5
+    with capture_logs() as lines:
+        assert await refused(ops.getattr(nowhere, CTX)) == "ESTALE"
+        handle = pyfuse3.FileHandleT(nowhere)
+        assert await refused(ops.readdir(handle, 0, cast("pyfuse3.ReaddirToken", None))) == "ESTALE"
+        assert await refused(ops.listxattr(nowhere, CTX)) == "ESTALE"
+        name = pyfuse3.XAttrNameT(b"user.amlmount.etag")
+        assert await refused(ops.getxattr(nowhere, name, CTX)) == "ESTALE"
+    assert len(lines) == 1  # for the inode, not for each question
+    assert "99999" in lines[0]["event"]
 
 
 async def test_the_kernels_first_word_is_passed_on(mounted: Mounted) -> None:
@@ -256,23 +207,49 @@ async def test_other_directories(mounted: Mounted, monkeypatch: pytest.MonkeyPat
     assert names == [b"a.txt", b"b.bin", b"d", b"empty", b"local", b"many"]
 
 
-# Reading -------------------------------------------------------------------------------------------------------
+# Opening -------------------------------------------------------------------------------------------------------
+
+WRITING = (os.O_WRONLY, os.O_RDWR, os.O_TRUNC, os.O_APPEND | os.O_WRONLY, os.O_CREAT | os.O_RDWR)
+READING = (os.O_RDONLY, os.O_NONBLOCK, os.O_CLOEXEC, os.O_NOFOLLOW, os.O_DIRECT)
 
 
-async def test_reads_are_exact_and_counted(mounted: Mounted) -> None:
-    fh = await mounted.open("b.bin")
-    assert len(await mounted.ops.read(fh, 0, 100)) == 100
-    assert len(await mounted.ops.read(fh, 2_999_990, 100)) == 10
-    assert len(await mounted.ops.read(fh, 3_000_000, 100)) == 0
-    assert (mounted.counters.reads, mounted.counters.bytes_asked) == (3, 110)
-
-
-async def test_opening_for_writing_is_refused(mounted: Mounted) -> None:
-    for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC, os.O_APPEND | os.O_WRONLY, os.O_CREAT | os.O_RDWR):
+@pytest.mark.parametrize("handleless", [OLD, NEW])
+async def test_opening_for_writing_is_refused(mounted: Mounted, handleless: Handleless) -> None:
+    mounted.handleless = handleless
+    for flags in WRITING:
         assert await refused(mounted.open("a.txt", flags)) == "EROFS"
-    assert mounted.ops.open_files == 0
-    for flags in (os.O_RDONLY, os.O_NONBLOCK, os.O_CLOEXEC, os.O_NOFOLLOW, os.O_DIRECT):
-        await mounted.ops.release(await mounted.open("a.txt", flags))
+
+
+async def test_a_kernel_that_can_do_without_opens_is_told_so(mounted: Mounted) -> None:
+    """It takes ENOSYS as: open by yourself, from now on. It is not a failure, and no line in the log."""
+    mounted.handleless = NEW
+    with capture_logs() as lines:
+        for flags in READING:
+            assert await refused(mounted.open("a.txt", flags)) == "ENOSYS"
+        assert await refused(mounted.ops.opendir(pyfuse3.InodeT(ROOT), CTX)) == "ENOSYS"
+    assert lines == []
+    assert mounted.counters.read_errors == 0
+
+
+@pytest.mark.parametrize(("files", "folders"), [(True, False), (False, True)])
+async def test_files_and_folders_are_told_apart(mounted: Mounted, files: bool, folders: bool) -> None:
+    mounted.handleless = Handleless(files, folders)
+    if files:
+        assert await refused(mounted.open("a.txt")) == "ENOSYS"
+        assert await mounted.ops.opendir(mounted.ino("d"), CTX) == mounted.ino("d")
+    else:
+        assert (await mounted.open("a.txt")).fh == mounted.ino("a.txt")
+        assert await refused(mounted.ops.opendir(mounted.ino("d"), CTX)) == "ENOSYS"
+
+
+async def test_an_older_kernel_keeps_pages_between_opens(mounted: Mounted) -> None:
+    for flags in READING:
+        info = await mounted.open("a.txt", flags)
+        assert info.fh == mounted.ino("a.txt")  # a handle needs no state: any session can serve it
+        assert info.keep_cache
+        assert not info.direct_io
+        await mounted.ops.release(info.fh)
+    await mounted.ops.release(pyfuse3.FileHandleT(99_999))  # of a session that died
 
 
 CHANGES: dict[str, Any] = {
@@ -297,141 +274,51 @@ async def test_every_change_is_refused_even_on_a_mount_made_writable(mounted: Mo
     assert await refused(CHANGES[change](mounted.ops, mounted.ino("a.txt"))) == "EROFS"
 
 
-async def test_a_file_keeps_its_reader_until_its_last_handle_is_closed(mounted: Mounted) -> None:
-    first, second = await mounted.open("a.txt"), await mounted.open("a.txt")
-    other = await mounted.open("b.bin")
-    assert first == second
-    assert mounted.ops.open_files == 2
-    await mounted.ops.release(first)
-    assert mounted.ops.open_files == 2
-    await mounted.ops.release(second)
-    await mounted.ops.release(other)
-    assert mounted.ops.open_files == 0
-    await mounted.ops.release(other)  # of a session that died
-
-
-async def test_a_handle_of_a_session_that_died_still_reads(mounted: Mounted) -> None:
-    assert len(await mounted.read("a.txt")) == 5
-
-
-async def test_the_kernel_keeps_pages_between_opens(mounted: Mounted) -> None:
-    info = await mounted.ops.open(mounted.ino("a.txt"), pyfuse3.FlagT(0), CTX)
-    assert info.keep_cache
-    assert not info.direct_io
-
-
-async def test_reads_that_measure_the_ceiling_are_zeros(tree: Tree) -> None:
-    mounted = Mounted(tree, null_reads=True)
-    assert await mounted.read("a.txt") == bytes(5)
-    assert await mounted.read("b.bin", 2_999_999, 10) == bytes(1)
-    assert await mounted.read("b.bin", 4_000_000, 10) == b""
-    assert mounted.fetcher.asked == []
-
-
 # Errors --------------------------------------------------------------------------------------------------------
 
-ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AmlmountError)]
-
-
-@pytest.mark.parametrize("kind", ALL)
-async def test_every_error_becomes_its_own_errno(mounted: Mounted, kind: type[AmlmountError]) -> None:
-    mounted.fetcher.failure = kind("pre/a.txt: it failed")
-    with capture_logs() as lines:
-        assert await refused(mounted.read("a.txt")) == errno.errorcode[kind.errno]
-    assert len(lines) == 1
-    assert mounted.counters.read_errors == 1
-
-
-@pytest.mark.parametrize(
-    ("failure", "name"),
-    [
-        (ObjectChanged("pre/a.txt was overwritten"), "ESTALE"),
-        (ObjectMissing("pre/a.txt: no such blob"), "EIO"),
-        (AccessDenied("pre/a.txt: access denied"), "EACCES"),
-        (StoreUnreachable("pre/a.txt: gave up"), "EIO"),
-    ],
-)
-async def test_what_a_reader_gets_and_the_log_says(
-    mounted: Mounted, failure: AmlmountError, name: str
-) -> None:
-    mounted.fetcher.failure = failure
-    with capture_logs() as lines:
-        for _ in range(5):
-            assert await refused(mounted.read("a.txt")) == name
-    (line,) = lines
-    assert line["log_level"] == "error"
-    assert "pre/a.txt" in line["event"]
-    assert (line["errno"], line["do"]) == (name, failure.hint)
-    assert failure.hint
-    assert mounted.counters.read_errors == 5
-    assert mounted.counters.stale_reads == 5 * isinstance(failure, ObjectChanged)
-
-
-async def test_each_file_and_each_kind_of_failure_has_a_line(mounted: Mounted) -> None:
-    with capture_logs() as lines:
-        for path in ("a.txt", "d/e/z"):
-            for failure in (ObjectMissing("gone"), AccessDenied("denied")):
-                mounted.fetcher.failure = failure
-                await refused(mounted.read(path))
-    assert len(lines) == 4
-
-
-async def test_a_secret_in_an_error_stays_out_of_the_log(mounted: Mounted) -> None:
-    mounted.fetcher.failure = StoreUnreachable("https://h/c?sv=1&sig=CANARY")
-    with capture_logs() as lines:
-        await refused(mounted.read("a.txt"))
-    assert "CANARY" not in str(lines)
-
-
-@pytest.mark.parametrize("bug", [ValueError("a bug"), AssertionError(), KeyError(5), OSError(28, "no space")])
-async def test_the_unexpected_costs_one_request(mounted: Mounted, bug: Exception) -> None:
-    mounted.fetcher.failure = bug
-    with capture_logs() as lines:
-        assert await refused(mounted.read("a.txt")) == "EIO"
-    (line,) = lines
-    assert line["log_level"] == "error"
-    assert line["exc_info"]
-    assert line["handler"] == "read"
-    mounted.fetcher.failure = None
-    assert len(await mounted.read("a.txt")) == 5
-
-
-async def test_a_bug_behind_the_fetcher_shows_its_traceback(mounted: Mounted) -> None:
-    try:
-        raise ZeroDivisionError
-    except ZeroDivisionError as bug:
-        failure = AmlmountError("unexpected")
-        failure.__cause__ = bug
-    mounted.fetcher.failure = failure
-    with capture_logs() as lines:
-        assert await refused(mounted.read("a.txt")) == "EIO"
-    assert lines[0]["exc_info"] is failure.__cause__
-
-
 HANDLERS: dict[str, Any] = {
-    "lookup": lambda ops: ops.lookup(ROOT, b"a.txt", CTX),
     "getattr": lambda ops: ops.getattr(ROOT, CTX),
     "opendir": lambda ops: ops.opendir(ROOT, CTX),
     "readdir": lambda ops: ops.readdir(ROOT, 0, None),
     "open": lambda ops: ops.open(2, 0, CTX),
-    "read": lambda ops: ops.read(2, 0, 10),
     "getxattr": lambda ops: ops.getxattr(2, b"user.amlmount.etag", CTX),
     "listxattr": lambda ops: ops.listxattr(2, CTX),
+    "statfs": lambda ops: ops.statfs(CTX),
 }
+
+
+def break_all(mounted: Mounted, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(*args: object) -> Any:
+        raise error
+
+    for method in ("get", "children"):
+        monkeypatch.setattr(Tree, method, broken)
+    monkeypatch.setattr(Tree, "info", property(broken))
+    monkeypatch.setattr(mounted.ops, "_handleless", broken)
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
 async def test_no_handler_lets_anything_but_an_errno_out(
     mounted: Mounted, handler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Tree, *args: object) -> None:
-        raise RuntimeError("the manifest's disk is gone")
-
-    for method in ("get", "lookup", "children"):
-        monkeypatch.setattr(Tree, method, broken)
+    bug = RuntimeError("the manifest's disk is gone")
+    break_all(mounted, monkeypatch, bug)
     with capture_logs() as lines:
-        assert await refused(HANDLERS[handler](mounted.ops)) == "EIO"
-    assert [line["handler"] for line in lines] == [handler]
+        for _ in range(2):
+            assert await refused(HANDLERS[handler](mounted.ops)) == "EIO"
+    assert [(line["log_level"], line["exc_info"]) for line in lines] == [("error", bug)] * 2
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+async def test_every_handler_says_what_failed_once(
+    mounted: Mounted, handler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_all(mounted, monkeypatch, ManifestError("the manifest is damaged", hint="import it again"))
+    with capture_logs() as lines:
+        for _ in range(2):
+            assert await refused(HANDLERS[handler](mounted.ops)) == "EIO"
+    (line,) = lines
+    assert (line["event"], line["do"]) == ("the manifest is damaged", "import it again")
 
 
 # What else a file system says ----------------------------------------------------------------------------------
