@@ -64,6 +64,7 @@ class AcrossFiles:
             if self._since >= EVERY:
                 self._follow_declared()
             return
+        self._give_up()
         stream = self._order.observe(ino)
         wanted = stream.wanted()[:AT_ONCE]
         wanted = range(wanted.start, min(wanted.stop, self._tree.level_end(stream.position)))
@@ -80,12 +81,15 @@ class AcrossFiles:
             for earlier in begun:
                 self._declared.reached(earlier)
 
-    def _follow_declared(self) -> None:
-        self._since = 0
+    def _give_up(self) -> None:
         for ino in self._declared.given_up():
             node = self._tree.get(ino)
             if node is not None and not node.is_dir:
                 self._reader(ino, node).give_up()
+
+    def _follow_declared(self) -> None:
+        self._since = 0
+        self._give_up()
         wanted = self._declared.wanted(AT_ONCE)
         if wanted:
             found = self._tree.nodes(wanted)
