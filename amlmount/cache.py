@@ -19,7 +19,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from amlmount.blockfile import HEADER_BYTES, BlockFileWriter, decode, encode_hea
 from amlmount.blocks import BLOCK_SIZE, KIB, MIB, BlockKey
 from amlmount.logs import Thinned
 from amlmount.metrics import Counters
-from amlmount.packs import PackIndex, Read, read_records
+from amlmount.packs import PackIndex, Read, read_records, starts
 from amlmount.quota import Quota, Victim, limit_of, victims
-from amlmount.usage import Usage
+from amlmount.usage import Usage, remove_leftovers
 
 FORMAT = "v2"
 PACKED_BELOW = 512 * KIB
@@ -44,13 +44,6 @@ _ERRORS = 3
 _WRITERS = 2  # one waits for the disk while the other copies
 _DOWN_S = 30.0
 _FULL_S = 5.0
-
-
-def _starts(blocks: Iterable[Waiting]) -> Iterator[tuple[BlockKey, int]]:
-    at = 0
-    for key, _ in blocks:
-        yield key, at
-        at += record_bytes(key)
 
 
 class BlockCache:
@@ -109,7 +102,7 @@ class BlockCache:
             disk = os.statvfs(self._top)
             total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
             self._quota = Quota(limit_of(self._cache_size, total, free, self.used()), self._min_free)
-            self._remove_leftovers()
+            remove_leftovers(self._top / "tmp")
             if not self.used() and not any(len(name) == 2 for name in os.listdir(self._top)):
                 with suppress(OSError):  # a read-only disk can still be read
                     self._evict(0)  # nothing to look at: the count begins here
@@ -126,13 +119,6 @@ class BlockCache:
     def _make_folders(self) -> None:
         self._top.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self._top / "tmp").mkdir(mode=0o700, exist_ok=True)
-
-    def _remove_leftovers(self) -> None:
-        for entry in os.scandir(self._top / "tmp"):
-            pid = entry.name.partition("-")[0]
-            if not pid.isdigit() or not os.path.exists(f"/proc/{pid}"):
-                with suppress(OSError):
-                    os.unlink(entry.path)
 
     def _path(self, name: str) -> str:
         return f"{self._top}/{name[:2]}/{name[2:]}"
@@ -242,7 +228,7 @@ class BlockCache:
 
     def _failed(self, what: str, error: OSError) -> None:
         self._errors += 1
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             self._no_write_until = time.monotonic() + _FULL_S
         elif self._errors >= _ERRORS:
             self._errors = 0
@@ -267,7 +253,7 @@ class BlockCache:
         try:
             # A limit lowered since the last mount holds from now on; a count that was lost is made anew.
             with self._usage.locked() as count:
-                excess = self._quota.to_evict(count.used, self._free(), 0)
+                excess = self._quota.to_evict(count.used + self._index.bytes(), self._free(), 0)
                 known = count.known
             if excess or not known:
                 self._evict(excess)
@@ -305,13 +291,17 @@ class BlockCache:
             if os.path.lexists(self._path(name)):
                 return True
         space = space_of(sum(record_bytes(key) for key, _ in blocks) - HEADER_BYTES)
+        growth = self._index.growth(len(blocks)) if packed else 0
         for evicted in (False, True):
             with self._writing():
-                short = self._reserve(space)
+                short = self._reserve(space + growth)
                 if short is None:
-                    self._publish(files, blocks, name, space)
-                    if packed:
-                        self._index.add(name, _starts(blocks))
+                    try:
+                        self._publish(files, blocks, name, space)
+                        if packed:
+                            self._index.add(name, starts(blocks))
+                    finally:  # what the index has grown is seen from now on
+                        self._give_back(growth)
                     return True
             if not evicted:
                 self._evict(short)
@@ -343,11 +333,16 @@ class BlockCache:
                     os.rename(temporary, path)
                     count.add(on_way=-space)
         except OSError:
-            with suppress(OSError), self._usage.locked() as count:
-                count.add(used=-space, on_way=-space)
+            self._give_back(space)
+            with suppress(OSError):
                 os.unlink(temporary)
             raise
         self._errors = 0
+
+    def _give_back(self, space: int) -> None:
+        if space:
+            with suppress(OSError), self._usage.locked() as count:
+                count.add(used=-space, on_way=-space)
 
     def _free(self) -> int:
         disk = os.statvfs(self._top)
@@ -357,10 +352,11 @@ class BlockCache:
         """Count `space` bytes as used and return None if the quota allows, else the bytes to evict first."""
         with self._usage.locked() as count:
             free = self._free() - count.on_way  # what others have set aside is not on the disk yet
-            if count.known and self._quota.fits(count.used, free, space):
+            used = count.used + self._index.bytes()
+            if count.known and self._quota.fits(used, free, space):
                 count.add(used=space, on_way=space)
                 return None
-            return self._quota.to_evict(count.used, free, space) if count.known else 0
+            return self._quota.to_evict(used, free, space) if count.known else 0
 
     def _evict(self, need: int) -> None:
         """Remove the least recently used blocks, `need` bytes of them, and count anew what is there."""

@@ -46,12 +46,25 @@ class PinnedFile(NamedTuple):
         return BlockKey(self.digest, wanted.start, wanted.stop)
 
 
+class Ask(NamedTuple):
+    """A read request that a block on its way will answer: whoever brings the bytes sends them."""
+
+    unique: int
+    """The request's number."""
+    ino: int
+    start: int
+    stop: int
+    """Bytes of the block, half-open."""
+
+
 class Flight:
     """A block on its way."""
 
     __slots__ = (
         "_done",
         "ahead",
+        "asks",
+        "born",
         "data",
         "error",
         "file",
@@ -72,6 +85,9 @@ class Flight:
         """A larger block that holds this range and may be on the cache disk."""
         self.ahead = ahead
         """Nobody has asked for it yet."""
+        self.asks: list[Ask] = []
+        """Taken one by one with `pop`, by the thread that has the bytes or by the event loop: each is answered once."""
+        self.born = time.monotonic()
         self.leased = 0
         self._done: trio.Event | None = None
         self.data: memoryview | None = None
@@ -84,11 +100,16 @@ class Flight:
         self.try_no = 0
         self.phase_since = math.inf
 
-    async def wait(self) -> None:
-        """Wait until it has landed; the fetcher calls `land` then."""
+    def expect(self) -> trio.Event:
+        """Return what is set when it has landed."""
         if self._done is None:
             self._done = trio.Event()
-        await self._done.wait()
+        return self._done
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a task waits for it."""
+        return self._done is not None
 
     def land(self) -> None:
         """Wake who waits."""

@@ -144,8 +144,10 @@ class Desk:
         """Large files being read, as of the last read. Thread-safe."""
         return len(self._active)
 
-    def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer] | Waiting:
+    def read(self, ino: int, offset: int, size: int, unique: int = 0) -> Sequence[Buffer] | Waiting | None:
         """Return the bytes [offset, offset + size) of a file, fewer only at its end, or what they wait for.
+
+        None is for a request, number `unique`, that is answered as soon as the bytes are there.
 
         Follow it with `go_on`, once the answer is on its way.
         """
@@ -162,7 +164,10 @@ class Desk:
             self._active[ino] = time.monotonic()
             self._active.move_to_end(ino)
             self._going_on = reader
-        found = reader.begin(offset, size)
+        self._fetcher.take_in()
+        found = reader.begin(offset, size, (unique, ino) if unique and self._fetcher.answers else None)
+        if found is None:
+            return None
         if isinstance(found, list):
             return Waiting(ino, reader, found)
         counters.bytes_asked += sum(map(len, found))

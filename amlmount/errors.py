@@ -34,8 +34,9 @@ Libraries' own exceptions are translated where they are called and never travel 
 
 from __future__ import annotations
 
+import copy
 import errno
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class AmlmountError(Exception):
@@ -52,6 +53,19 @@ class AmlmountError(Exception):
     def line(self) -> str:
         """Return the one line that a person sees."""
         return f"{self} ({self.hint})" if self.hint else str(self)
+
+    def fresh(self) -> Self:
+        """Return a copy for one more reader: a traceback belongs to one task."""
+        again = copy.copy(self).with_traceback(None)
+        again.__cause__ = self.__cause__
+        return again
+
+
+def unexpected(cause: Exception | None) -> AmlmountError:
+    """Return the error for what nobody foresaw."""
+    failure = AmlmountError(f"unexpected: {cause!r}")
+    failure.__cause__ = cause
+    return failure
 
 
 class NoSuchInode(AmlmountError):

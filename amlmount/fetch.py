@@ -14,24 +14,23 @@ thread, past the disk, and a new thread takes the stuck one's place.
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import trio
 
 from amlmount.blocks import BlockKey, ByteRange
 from amlmount.cache import BlockCache
-from amlmount.crew import Crew, Flight, PinnedFile, Try
+from amlmount.crew import Ask, Crew, Flight, PinnedFile
 from amlmount.dataset import printable
-from amlmount.errors import AmlmountError, StoreError, StoreUnreachable
+from amlmount.errors import AmlmountError, StoreUnreachable, unexpected
 from amlmount.memory import BlockMemory
 from amlmount.metrics import Counters
+from amlmount.pilot import Answering, Landing, Pilot
 from amlmount.stores import Retrying
 
 DISK_PATIENCE_S = 1.0
@@ -42,17 +41,6 @@ LOOK_AROUND_S = 1.0
 
 FAILED_FOR_S = 5.0
 """Seconds for which a failed object is not asked for again: a training loop must not hammer a dead blob."""
-
-
-class Landing(NamedTuple):
-    """What came of a try."""
-
-    entry: Try
-    data: memoryview | None
-    key: BlockKey
-    """Of the data: the flight's, or that of the larger block around it."""
-    from_disk: bool
-    error: Exception | None
 
 
 class Fetcher:
@@ -78,11 +66,15 @@ class Fetcher:
         self._flights: dict[BlockKey, Flight] = {}
         self._landed: deque[Landing] = deque()
         self._drain_due = False
+        self._waiting_for_room = 0
+        self._asks = 0
+        self._asks_since = 0.0
         self._look_next = 0.0
         self._looking = False
         self._failed: OrderedDict[bytes, tuple[float, AmlmountError]] = OrderedDict()
         self._room = trio.Event()
-        self._crew = Crew(self._fly, connections=connections)
+        self._pilot = Pilot(stores, cache, arrived=self._arrived, again=self._queue)
+        self._crew = Crew(self._pilot.fly, connections=connections)
 
     def __repr__(self) -> str:
         return f"<Fetcher {len(self._flights)} in flight, {self._memory!r}>"
@@ -154,6 +146,31 @@ class Fetcher:
         self._take_off(flight, wanted.length)
         return flight
 
+    @property
+    def answers(self) -> Answering | None:
+        """Where answers go, if threads give them: to a relay, which calls `take_in` with each request.
+
+        The event loop is then woken only for what a task waits for.
+        """
+        return self._pilot.answers
+
+    @answers.setter
+    def answers(self, answers: Answering) -> None:
+        self._pilot.answers = answers
+
+    def take_in(self) -> None:
+        """Take in what the threads have brought."""
+        if self._landed:
+            self._drain()
+
+    def join(self, flight: Flight, ask: Ask) -> None:
+        """Have a flight answer a request as soon as its bytes are there."""
+        if self._asks == 0:
+            self._asks_since = time.monotonic()
+        self._asks += 1
+        flight.asks.append(ask)
+        self.take_in()  # it may have landed while we looked; then nobody else would see the request
+
     async def get(self, file: PinnedFile, wanted: ByteRange, within: ByteRange | None = None) -> memoryview:
         """Return the bytes of a block.
 
@@ -172,11 +189,17 @@ class Fetcher:
                     if key not in self._memory:
                         since = time.monotonic()
                         room = self._room  # replaced at every release, so it is looked up anew each time
-                        await room.wait()
+                        self._waiting_for_room += 1
+                        try:
+                            await room.wait()
+                        finally:
+                            self._waiting_for_room -= 1
                         self._counters.wait_memory_s += time.monotonic() - since
                     continue
                 since = time.monotonic()
-                await flight.wait()
+                waiting = flight.expect()
+                self.take_in()  # what landed before a thread could see that somebody waits
+                await waiting.wait()
                 if flight.from_disk:
                     self._counters.waited_disk += 1
                     self._counters.wait_disk_s += time.monotonic() - since
@@ -184,13 +207,10 @@ class Fetcher:
                     self._counters.waited_store += 1
                     self._counters.wait_store_s += time.monotonic() - since
                 if flight.error is not None:
-                    raise _fresh(flight.error)
+                    raise flight.error.fresh()
                 assert flight.data is not None
                 return flight.data
-        late = StoreUnreachable(f"{printable(file.object.path)}: no answer within {self._deadline_s:.0f} s")
-        # The kernel asks a second time for what it read ahead; that must not take as long again.
-        self._failed[file.digest] = (time.monotonic() + FAILED_FOR_S, late)
-        raise late
+        raise self._late(file)
 
     def spent(self, key: BlockKey) -> None:
         """Note that a block was read to its end."""
@@ -207,7 +227,7 @@ class Fetcher:
         if failed[0] < time.monotonic():
             del self._failed[file.digest]
             return None
-        return _fresh(failed[1])
+        return failed[1].fresh()
 
     def _take_off(self, flight: Flight, leased: int) -> None:
         flight.leased = leased
@@ -229,22 +249,65 @@ class Fetcher:
         """Take in what the threads finished; runs on the event loop."""
         self._drain_due = False  # before the first look: what lands later calls again
         while self._landed:
-            (flight, try_no), data, key, from_disk, error = self._landed.popleft()
+            (flight, try_no), data, key, from_disk, error, answered, at_s = self._landed.popleft()
+            if answered:
+                self._count(flight, answered, from_disk, at_s)
             if self._flights.get(flight.key) is not flight or flight.try_no != try_no:
                 continue
             del self._flights[flight.key]
             if data is None:
                 self._memory.release(flight.leased)
-                flight.error = error if isinstance(error, AmlmountError) else _unexpected(error)
+                flight.error = error if isinstance(error, AmlmountError) else unexpected(error)
                 if not flight.ahead or not isinstance(flight.error, StoreUnreachable):
                     self._failed[flight.file.digest] = (time.monotonic() + FAILED_FOR_S, flight.error)
                     if len(self._failed) > 4096:
                         self._failed.popitem(last=False)
             else:
                 self._land(flight, key, data, from_disk)
+                if answered:
+                    self._memory.spent(key)
             flight.land()
-        room, self._room = self._room, trio.Event()
-        room.set()
+            if flight.asks:
+                self._answer_rest(flight)
+        if self._waiting_for_room:
+            room, self._room = self._room, trio.Event()
+            room.set()
+
+    def _answer_rest(self, flight: Flight) -> None:
+        if flight.data is not None:
+            answered = self._pilot.answer(flight, flight.data)
+            self._count(flight, answered, flight.from_disk, time.monotonic())
+        self._refuse_all(flight, flight.error or unexpected(None))
+
+    def _refuse_all(self, flight: Flight, error: AmlmountError) -> None:
+        while flight.asks and self.answers is not None:
+            ask = flight.asks.pop()
+            self.answers.refuse(ask.unique, error.fresh(), ask.ino)
+            self._has_answered(1, time.monotonic())
+
+    def _has_answered(self, asks: int, at_s: float) -> None:
+        self._asks -= asks
+        if self._asks == 0:
+            self._counters.waiting_s += max(0.0, at_s - self._asks_since)
+
+    def _count(self, flight: Flight, answered: Sequence[Ask], from_disk: bool, at_s: float) -> None:
+        counters = self._counters
+        self._has_answered(len(answered), at_s)
+        waited_s = at_s - flight.born
+        for ask in answered:
+            counters.bytes_asked += ask.stop - ask.start
+            counters.read_wait.observe(waited_s)
+            if from_disk:
+                counters.waited_disk += 1
+                counters.wait_disk_s += waited_s
+            else:
+                counters.waited_store += 1
+                counters.wait_store_s += waited_s
+
+    @property
+    def waits_since(self) -> float | None:
+        """Moment since which at least one request has been waiting for a thread's answer, or None. Thread-safe."""
+        return self._asks_since if self._asks else None
 
     def _land(self, flight: Flight, key: BlockKey, data: memoryview, from_disk: bool) -> None:
         flight.from_disk = from_disk
@@ -269,6 +332,8 @@ class Fetcher:
         while True:
             await trio.sleep(DISK_PATIENCE_S / 4)
             self._look_around()
+            self.take_in()
+            self._end_late_reads()
             late = time.monotonic() - DISK_PATIENCE_S
             stuck = set()
             for flight in [f for f in self._flights.values() if f.phase_since < late]:
@@ -282,6 +347,17 @@ class Fetcher:
                 self._queue(flight)
             for _ in stuck:
                 self._crew.replace()
+
+    def _end_late_reads(self) -> None:
+        now = time.monotonic()
+        for flight in [f for f in self._flights.values() if f.asks and now - f.born > self._deadline_s]:
+            self._refuse_all(flight, self._late(flight.file))
+
+    def _late(self, file: PinnedFile) -> StoreUnreachable:
+        late = StoreUnreachable(f"{printable(file.object.path)}: no answer within {self._deadline_s:.0f} s")
+        # The kernel asks a second time for what it read ahead; that must not take as long again.
+        self._failed[file.digest] = (time.monotonic() + FAILED_FOR_S, late)
+        return late
 
     def _look_around(self) -> None:
         now = time.monotonic()
@@ -305,71 +381,15 @@ class Fetcher:
 
     # Called in the threads
 
-    def _fly(self, tries: Sequence[Try]) -> None:
-        try:
-            alone = len(tries) == 1
-            tries = [entry for entry in self._from_disk(tries) if not entry.is_void]
-            while tries:
-                flight = tries[0].flight
-                flight.skip_disk = True
-                if alone:
-                    self._from_store(tries[0])
-                else:  # each waits for the store by itself
-                    flight.phase_since = math.inf
-                    self._queue(flight)
-                tries = tries[1:]
-        except Exception as error:  # noqa: BLE001  # whatever it is, the reads that wait must hear of it
-            self._arrived(
-                [Landing(entry, None, entry.flight.key, from_disk=False, error=error) for entry in tries]
-            )
-
-    def _from_store(self, entry: Try) -> None:
-        flight = entry.flight
-        flight.past_disk()
-        store = self._stores[flight.file.store]
-        try:
-            data = store.read(flight.file.object, flight.key.start, flight.key.stop)
-        except StoreError as error:
-            self._arrived([Landing(entry, None, flight.key, from_disk=False, error=error)])
-        else:
-            self._arrived([Landing(entry, data, flight.key, from_disk=False, error=None)])
-
-    def _from_disk(self, tries: Sequence[Try]) -> Sequence[Try]:
-        """Bring what the cache disk has; return the others."""
-        cache = self._cache
-        if cache is None:
-            return tries
-        left = [entry for entry in tries if entry.flight.skip_disk]
-        asked = [entry for entry in tries if not entry.flight.skip_disk]
-        found: list[Landing] = []
-        for entry, held in zip(asked, cache.read_all([e.flight.key for e in asked]), strict=True):
-            key, within, data = entry.flight.key, entry.flight.within, held
-            if data is None and within is not None:
-                key, data = within, cache.read(within)
-            if data is None:
-                left.append(entry)
-            else:
-                found.append(Landing(entry, data, key, from_disk=True, error=None))
-        if found:
-            self._arrived(found)
-        return left
-
     def _arrived(self, landings: Sequence[Landing]) -> None:
         self._landed.extend(landings)
-        if not self._drain_due:
+        if self._drain_due:
+            return
+        if (
+            self.answers is None
+            or self._waiting_for_room
+            or any(landing.error or landing.entry.flight.is_awaited for landing in landings)
+        ):
             self._drain_due = True
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._drain)
-
-
-def _fresh(error: AmlmountError) -> AmlmountError:
-    """Return a copy of an error for one more reader: a traceback belongs to one task."""
-    fresh = copy.copy(error).with_traceback(None)
-    fresh.__cause__ = error.__cause__
-    return fresh
-
-
-def _unexpected(error: Exception | None) -> AmlmountError:
-    failure = AmlmountError(f"unexpected: {error!r}")
-    failure.__cause__ = error
-    return failure

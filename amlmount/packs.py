@@ -6,29 +6,36 @@ the same as in a block's own file), and an index, a SQLite database beside them,
 that were read after each other lie after each other.
 
 The index is a hint and is shared by all processes: what it names is checked like any block; what it has lost is
-fetched again. Where it is damaged it is begun anew. Nothing here raises anything but OSError.
+fetched again. Where it is damaged it is begun anew; where somebody removed it, connections to what was there are given
+up. Nothing here raises anything but OSError.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from amlmount.blockfile import record_bytes
 from amlmount.blocks import BlockKey
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS pack (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS pack (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS block (key BLOB PRIMARY KEY, pack INTEGER NOT NULL, start INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS block_pack ON block (pack);
 """
 _KEY_BYTES = 16  # of a block's digest: no two of 10^12 blocks share them
 _MMAP_BYTES = 64 << 20
 _BUSY_MS = 1000
+_PAGE = 4096
+_LOG_PAGES = 64  # of the write-ahead log: from there on it is written into the database
+_FEW_PAGES = 16  # that any change may touch
+_FIRST_PAGES = 48  # of a new index, its log and what is shared with it
 
 
 class Place(NamedTuple):
@@ -48,14 +55,16 @@ class Sieve:
 
     def __init__(self) -> None:
         self._bits = bytearray(1 << 21)
+        self._lock = threading.Lock()
         self.ready = False
         """Whether all was added that the index held when this began: before that, everything may be there."""
 
     def add(self, name: bytes) -> None:
         """Take in the beginning of a block's digest: at least 6 bytes."""
         first, second = int.from_bytes(name[:3], "little"), int.from_bytes(name[3:6], "little")
-        self._bits[first >> 3] |= 1 << (first & 7)
-        self._bits[second >> 3] |= 1 << (second & 7)
+        with self._lock:  # or one thread's bit is lost to another's of the same byte
+            self._bits[first >> 3] |= 1 << (first & 7)
+            self._bits[second >> 3] |= 1 << (second & 7)
 
     def maybe(self, name: bytes) -> bool:
         """Whether a block of that digest may be in the index."""
@@ -65,13 +74,19 @@ class Sieve:
         return bool(self._bits[first >> 3] >> (first & 7) & self._bits[second >> 3] >> (second & 7) & 1)
 
 
+File = tuple[int, int]
+"""Device and inode of a database: another file may be at its path by now."""
+
+
 class PackIndex:
     """Which pack holds which block. Thread-safe: each call takes a connection that nobody else has."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._idle: deque[sqlite3.Connection] = deque()
-        self._made = False
+        self._idle: deque[tuple[File, sqlite3.Connection]] = deque()
+        self._making = threading.Lock()
+        self._made: File | None = None
+        self._looked_at: File | None = None
         self._last_pack = 0
         self.sieve = Sieve()
 
@@ -80,7 +95,7 @@ class PackIndex:
 
     def find(self, keys: Sequence[BlockKey]) -> dict[BlockKey, Place]:
         """Return the places of those blocks that are in a pack."""
-        if not self._made and not self._path.exists():
+        if self._file() is None:
             return {}
         names = {key.digest()[:_KEY_BYTES]: key for key in keys}
         marks = ",".join("?" * len(names))
@@ -93,9 +108,12 @@ class PackIndex:
 
     def look_around(self) -> None:
         """Take into the sieve what other processes have added; the first time everything. Takes 1 s a million."""
-        if self._path.exists():
+        file = self._file()
+        if file is not None:
+            if file != self._looked_at:
+                self._looked_at, self._last_pack = file, 0
             with self._connection() as db:
-                (last,) = db.execute("SELECT max(id) FROM pack").fetchone()
+                (last,) = db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
                 if last is not None and last > self._last_pack:
                     query = "SELECT key FROM block WHERE pack > ? AND pack <= ?"
                     for (name,) in db.execute(query, (self._last_pack, last)):
@@ -116,59 +134,114 @@ class PackIndex:
             )
 
     def forget_block(self, key: BlockKey) -> None:
-        """Note that a block is not there any more."""
-        with self._connection() as db:
+        """Note that a block is not there any more; where that fails, the next who looks finds out."""
+        with suppress(OSError), self._connection() as db:
             db.execute("DELETE FROM block WHERE key = ?", (key.digest()[:_KEY_BYTES],))
 
     def forget_packs(self, names: Iterable[str]) -> None:
-        """Note that these files are not there any more; names of what is no pack do no harm."""
-        with self._connection() as db:
-            for name in names:
-                db.execute("DELETE FROM block WHERE pack = (SELECT id FROM pack WHERE name = ?)", (name,))
-                db.execute("DELETE FROM pack WHERE name = ?", (name,))
+        """Note the same of packs; names of what is no pack do no harm."""
+        with suppress(OSError):
+            if self._file() is not None:
+                for name in names:  # one by one, so that the log stays small
+                    with self._connection() as db:
+                        db.execute(
+                            "DELETE FROM block WHERE pack = (SELECT id FROM pack WHERE name = ?)", (name,)
+                        )
+                        db.execute("DELETE FROM pack WHERE name = ?", (name,))
+
+    def bytes(self) -> int:
+        """Return the bytes of disk that it takes now."""
+        size = 0
+        for path in self._paths():
+            with suppress(OSError):
+                size += os.stat(path).st_size
+        return size
+
+    def growth(self, blocks: int) -> int:
+        """Return the bytes that it may take more once a pack of so many blocks is added."""
+        pages = self.bytes() // _PAGE
+        # A block changes the page it belongs to, first in the log.
+        return (min(blocks, pages) + blocks // 10 + (_FEW_PAGES if pages else _FIRST_PAGES)) * _PAGE
 
     def close(self) -> None:
         """Close the connections."""
         with suppress(IndexError):
             while True:
-                self._idle.pop().close()
+                self._idle.pop()[1].close()
+
+    def _paths(self) -> list[str]:
+        return [f"{self._path}{suffix}" for suffix in ("", "-wal", "-shm")]
+
+    def _file(self) -> File | None:
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection for one transaction; OSError where the database fails."""
         try:
-            try:
-                db = self._idle.pop()
-            except IndexError:
-                db = self._connect()
+            file, db = self._take()
             try:
                 with db:
                     yield db
             except BaseException:
                 db.close()
                 raise
-            self._idle.append(db)
-        except sqlite3.OperationalError as error:  # locked, full, read-only, removed
+            self._idle.append((file, db))
+        except sqlite3.OperationalError as error:  # locked, full, read-only
             raise OSError(f"{self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._begin_anew()
             raise OSError(f"{self._path} was damaged and is begun anew: {error}") from error
 
+    def _take(self) -> tuple[File, sqlite3.Connection]:
+        file = self._file()
+        if file is None or file != self._made:
+            with self._making:
+                file = self._make()
+        with suppress(IndexError):
+            while True:
+                of, db = self._idle.pop()
+                if of == file:
+                    return file, db
+                db.close()  # to what was there before
+        return file, self._connect()
+
+    def _make(self) -> File:
+        """Make the database where there is none; return which file it is now."""
+        # Of mode 0600 from the beginning: what SQLite makes beside it has the same mode.
+        with suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        file = self._file()
+        if file is None:
+            raise FileNotFoundError(f"{self._path} was removed")
+        if file != self._made:
+            if not self._is_read_only():
+                with closing(self._connect()) as db:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    db.executescript(_SCHEMA)
+            self._made = file
+        return file
+
+    def _is_read_only(self) -> bool:
+        return not os.access(self._path, os.W_OK)
+
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=_BUSY_MS / 1000, check_same_thread=False)
+        # On a read-only disk the log cannot be made that a reader needs, nor can anything change.
+        query = "?immutable=1" if self._is_read_only() else ""
+        db = sqlite3.connect(
+            self._path.absolute().as_uri() + query, uri=True, timeout=_BUSY_MS / 1000, check_same_thread=False
+        )
         try:
             # Losing the last changes in a crash costs a few blocks; waiting for the disk costs time with each pack.
             db.execute("PRAGMA synchronous = OFF")
             db.execute(f"PRAGMA mmap_size = {_MMAP_BYTES}")
             db.execute("PRAGMA cache_size = -512")
-            if not self._made:
-                with suppress(sqlite3.OperationalError):  # on a read-only disk it is read as it is
-                    db.execute("PRAGMA journal_mode = WAL")
-                    db.executescript(_SCHEMA)
-                self._path.chmod(0o600)
-                self._made = True
-        except OSError:
-            self._made = True
+            db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+            db.execute(f"PRAGMA journal_size_limit = {_LOG_PAGES * _PAGE}")
         except BaseException:
             db.close()
             raise
@@ -176,10 +249,9 @@ class PackIndex:
 
     def _begin_anew(self) -> None:
         self.close()
-        self._made = False
-        for suffix in ("", "-wal", "-shm"):
+        for path in self._paths():
             with suppress(OSError):
-                os.unlink(f"{self._path}{suffix}")
+                os.unlink(path)
 
 
 class Read(NamedTuple):
@@ -188,6 +260,14 @@ class Read(NamedTuple):
     key: BlockKey
     start: int
     length: int
+
+
+def starts(blocks: Iterable[tuple[BlockKey, memoryview]]) -> Iterator[tuple[BlockKey, int]]:
+    """Yield the blocks of a pack, each with its record's start."""
+    at = 0
+    for key, _ in blocks:
+        yield key, at
+        at += record_bytes(key)
 
 
 def read_records(fd: int, wanted: Sequence[Read]) -> Iterator[tuple[BlockKey, bytearray]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from amlmount.blocks import BLOCK_SIZE, KIB, ByteRange, block_at, blocks_over
-from amlmount.crew import PinnedFile
+from amlmount.crew import Ask, PinnedFile
 from amlmount.fetch import Fetcher
 from amlmount.window import ReadWindow, Stream
 
@@ -32,6 +32,9 @@ class Part(NamedTuple):
     held_in: ByteRange
     within: ByteRange | None
     """The block around a piece, where it is within one."""
+
+
+Begun = tuple[Buffer, ...] | list[Part] | None
 
 
 class FileReader:
@@ -62,10 +65,11 @@ class FileReader:
     def __repr__(self) -> str:
         return f"<FileReader {self.file.object.path!r} {self._window!r}>"
 
-    def begin(self, offset: int, length: int) -> tuple[Buffer, ...] | list[Part]:
+    def begin(self, offset: int, length: int, ask: tuple[int, int] | None = None) -> Begun:
         """Return the file's bytes [offset, offset + length), fewer only at its end, as one or more buffers.
 
-        What is not in memory is set under way; then a list of the read's parts comes back, for `complete`.
+        What is not in memory is set under way; then a list of the read's parts comes back, for `complete`. With `ask`,
+        the request's number and inode, None may come back: whoever brings the bytes of a small file answers it.
         """
         stop = min(offset + length, self._size)
         if offset >= stop:
@@ -75,7 +79,10 @@ class FileReader:
             data = fetcher.now(self._whole)
             if data is None:
                 whole = ByteRange(0, self._size)
-                fetcher.start(self.file, whole)
+                flight = fetcher.start(self.file, whole)
+                if flight is not None and ask is not None:
+                    fetcher.join(flight, Ask(*ask, offset, stop))
+                    return None
                 return [Part(ByteRange(offset, stop), whole, None)]
             if stop == self._size:
                 fetcher.spent(self._whole)
@@ -92,7 +99,9 @@ class FileReader:
             for part in parts:
                 fetcher.start(self.file, part.held_in, part.within)
             return parts
-        blocks = [fetcher.take(key) for key in keys]  # all first: a block read to its end may push out another
+        blocks = [
+            fetcher.take(key) for key in keys
+        ]  # all first: a block read to its end may push out another
         return tuple(map(self._cut, parts, blocks))
 
     def ahead(self) -> bool:

@@ -114,19 +114,19 @@ class Relay:
         _, opcode, unique, ino, _, _, _, _, _ = wire.HEADER.unpack_from(message)
         if opcode == wire.READ:
             try:
-                found = self._desk.read(ino, *wire.read_in(message))
+                found = self._desk.read(ino, *wire.read_in(message), unique)
                 if isinstance(found, Waiting):
                     nursery.start_soon(self._read_later, unique, found)
-                else:
+                elif found is not None:
                     self._reply(unique, found)
                 self._desk.go_on()
             except Exception as error:  # noqa: BLE001  # whatever it is, one request fails and the mount lives on
-                self._refuse(unique, error, ino)
+                self.refuse(unique, error, ino)
         elif opcode == wire.LOOKUP:
             try:
                 found_entry = self._desk.lookup(ino, wire.lookup_name(message))
             except Exception as error:  # noqa: BLE001
-                self._refuse(unique, error, ino)
+                self.refuse(unique, error, ino)
             else:
                 self._write(
                     [
@@ -152,14 +152,19 @@ class Relay:
         try:
             found = await self._desk.wait(waiting)
         except Exception as error:  # noqa: BLE001
-            self._refuse(unique, error, waiting.ino)
+            self.refuse(unique, error, waiting.ino)
         else:
             self._reply(unique, found)
 
     def _reply(self, unique: int, found: Sequence[Buffer]) -> None:
         self._write([wire.reply(unique, sum(map(len, found))), *found])
 
-    def _refuse(self, unique: int, error: Exception, ino: int) -> None:
+    def answer(self, unique: int, data: memoryview) -> None:
+        """Answer a READ; thread-safe: the kernel takes each message whole."""
+        self._write([wire.reply(unique, len(data)), data])
+
+    def refuse(self, unique: int, error: Exception, ino: int) -> None:
+        """Answer a request with the errno of what went wrong."""
         self._write([wire.refusal(unique, self._desk.refuse(error, ino))])
 
     def _write(self, answer: Sequence[Buffer]) -> None:

@@ -190,6 +190,7 @@ class MountSession:
         self._device = mounted.device if mounted else ""
         (opened,) = device_fds() - before
         self._relay = Relay(opened, self._desk, self._counters)
+        self._fetcher.answers = self._relay
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with trio.open_nursery() as nursery:
@@ -289,9 +290,9 @@ class MountSession:
 
     def _figures(self) -> dict[str, float]:
         figures = self._counters.snapshot()
-        since = self._desk.waits_since
-        if since is not None:
-            figures["waiting_s"] += time.monotonic() - since
+        for since in (self._desk.waits_since, self._fetcher.waits_since):
+            if since is not None:
+                figures["waiting_s"] += time.monotonic() - since
         return figures
 
     async def _remember(self) -> None:

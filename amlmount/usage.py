@@ -14,11 +14,20 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 _NUMBERS = struct.Struct("<QQQ")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of processes that are gone; a file's name begins with its writer's number."""
+    for entry in os.scandir(folder):
+        pid = entry.name.partition("-")[0]
+        if not pid.isdigit() or not os.path.exists(f"/proc/{pid}"):
+            with suppress(OSError):
+                os.unlink(entry.path)
 
 
 class Count:

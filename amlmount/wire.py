@@ -12,7 +12,17 @@ from typing import NamedTuple
 HEADER = struct.Struct("=IIQQIIIHH")
 """fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding."""
 
-LOOKUP, FORGET, READ, GETXATTR, INIT, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 1, 2, 15, 22, 26, 28, 36, 42, 44
+LOOKUP, FORGET, READ, GETXATTR, INIT, READDIR, INTERRUPT, BATCH_FORGET, READDIRPLUS = (
+    1,
+    2,
+    15,
+    22,
+    26,
+    28,
+    36,
+    42,
+    44,
+)
 
 _OUT = struct.Struct("=IiQ")  # fuse_out_header: len, error, unique
 _READ_IN = struct.Struct("=QQI")  # fuse_read_in: fh, offset, size; more follows
