@@ -75,6 +75,8 @@ class Histogram:
 class Counters:
     """What one session has done."""
 
+    asked: int = 0
+    """Requests of any kind that the kernel made."""
     reads: int = 0
     """FUSE read requests."""
     bytes_asked: int = 0

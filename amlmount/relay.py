@@ -101,6 +101,7 @@ class Relay:
                     if error.errno not in (errno.ENOENT, errno.EINTR):  # a request that was taken back
                         raise
                     continue
+                counters.asked += 1
                 self._serve(view[:length], nursery)
             while self._passing:
                 await self._library.send(self._passing.pop(0))

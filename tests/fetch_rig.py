@@ -39,6 +39,17 @@ class WatchedMemory(BlockMemory):
         assert self.used >= 0
 
 
+class WatchedFetcher(Fetcher):
+    """Says when it has taken in what landed."""
+
+    taken_in: trio.Event | None = None
+
+    def _drain(self) -> None:
+        super()._drain()
+        if self.taken_in is not None:
+            self.taken_in.set()
+
+
 class Rig:
     """A fetcher over a fake store."""
 
@@ -57,7 +68,7 @@ class Rig:
         self.cache = cache
         self.retrying = Retrying(self.fake, patience_s=patience_s, counters=self.counters)
         self._before = set(threading.enumerate())
-        self.fetcher = Fetcher(
+        self.fetcher = WatchedFetcher(
             [self.retrying],
             self.memory,
             cache,
@@ -98,7 +109,10 @@ class Rig:
         """Wait until nothing is on its way."""
         with trio.fail_after(10):
             while self.fetcher.in_flight():
-                await self.fetcher._room.wait()
+                self.fetcher.taken_in = trio.Event()
+                self.fetcher.take_in()
+                if self.fetcher.in_flight():
+                    await self.fetcher.taken_in.wait()
 
 
 def pin(obj: ObjectId) -> PinnedFile:

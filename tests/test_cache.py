@@ -374,9 +374,11 @@ WRITER = """
 import random, sys
 from pathlib import Path
 import structlog
+from amlmount import behind
 from amlmount.cache import BlockCache
 from amlmount.metrics import Counters
 from tests.test_cache import block, settle
+behind.LINGER_S = 0.002
 folder, seed, size, min_free, count, packed_below = Path(sys.argv[1]), *map(int, sys.argv[2:7])
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 cache = BlockCache(folder, cache_size=size, min_free=min_free, queue_bytes=4 << 20, counters=Counters(),

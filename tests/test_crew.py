@@ -259,11 +259,12 @@ async def test_who_waits_for_a_flight_wakes_when_it_lands() -> None:
     one = flight(0, ahead=False)
     one.land()  # nobody waits
     two = flight(1, ahead=False)
+    assert not one.is_awaited
     woken = 0
 
     async def wait() -> None:
         nonlocal woken
-        await two.wait()
+        await two.expect().wait()
         woken += 1
 
     async with trio.open_nursery() as nursery:
@@ -271,6 +272,7 @@ async def test_who_waits_for_a_flight_wakes_when_it_lands() -> None:
             nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
         assert woken == 0
+        assert two.is_awaited
         two.land()
     assert woken == 3
 

@@ -24,7 +24,7 @@ LAYERS = [
         "stores stores.base stores.blob stores.blob_rest stores.local stores.retry"
         " credentials memory usage blockfile behind packs cache kernel",
     ),
-    ("services", "catalog freeze crew fetch resolve"),
+    ("services", "catalog freeze crew pilot fetch resolve"),
     ("one open file", "reader across desk"),
     ("adapter", "operations relay"),
     ("composition", "channel announce session launch"),

@@ -70,6 +70,17 @@ class Model(RuleBasedStateMachine):
         self.memory.spent(key(number, size))
         assert (key(number, size) in self.memory) == there
 
+    @rule(number=st.integers(0, 5), size=st.integers(1, 20))
+    def give_up(self, number: int, size: int) -> None:
+        wanted = key(number, size)
+        block = self.memory._live.get(wanted)
+        unread = block is not None and block.ahead
+        there = wanted in self.memory
+        self.memory.give_up(wanted)
+        assert (wanted in self.memory) == there
+        if unread:
+            assert next(iter(self.memory._spent)) == wanted
+
     @invariant()
     def what_is_used_is_what_is_there(self) -> None:
         blocks = [*self.memory._live.values(), *self.memory._spent.values()]
@@ -119,6 +130,47 @@ def test_a_prefetch_does_not_throw_out_another_that_is_unread() -> None:
     assert memory.lease(10, may_evict_unread=True)
     assert key(0) not in memory
     assert counters.prefetch_wasted == 1
+
+
+def test_what_is_given_up_goes_before_all_others() -> None:
+    counters = Counters()
+    memory = BlockMemory(40, counters)
+    for number in range(4):
+        fill(memory, number, ahead=number >= 2)
+    memory.spent(key(0))
+    memory.give_up(key(2))
+    assert memory.lease(10, may_evict_unread=False)
+    assert [n for n in range(4) if key(n) in memory] == [0, 1, 3]
+    assert counters.prefetch_wasted == 1
+    memory.give_up(key(1))  # it was asked for: whoever did may go on
+    memory.give_up(key(9))  # it is not there
+    assert memory.lease(10, may_evict_unread=False)
+    assert [n for n in range(4) if key(n) in memory] == [1, 3]
+
+
+def test_what_was_given_up_and_is_read_after_all_stays() -> None:
+    memory = BlockMemory(20, Counters())
+    fill(memory, 0, ahead=True)
+    fill(memory, 1)
+    memory.give_up(key(0))
+    block = memory.get(key(0))
+    assert block is not None
+    assert block.ahead  # the fetcher counts it as used
+    assert memory.lease(10, may_evict_unread=True)
+    assert [n for n in range(2) if key(n) in memory] == [0]
+
+
+def test_spent_blocks_are_kept_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "SPENT_BYTES", 25)
+    memory = BlockMemory(1000, Counters())
+    for number in range(5):
+        fill(memory, number, ahead=number == 4)
+    for number in range(3):
+        memory.spent(key(number))
+    assert [n for n in range(5) if key(n) in memory] == [1, 2, 3, 4]
+    memory.give_up(key(4))  # the first to go is itself
+    assert [n for n in range(5) if key(n) in memory] == [1, 2, 3]
+    assert memory.used == 30
 
 
 def test_a_lease_over_the_whole_budget_is_refused() -> None:

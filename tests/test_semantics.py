@@ -709,3 +709,106 @@ def test_s28_the_digest_is_the_same_on_every_machine(home: Home, tmp_path: Path)
 
 GOLDEN = "a537f0423c3c0c34ef91d173ef9597d0b1ca1304915a60711b176d23da81fd1a"
 """Computed once: it must never change but with the manifest's format."""
+
+
+# Order ------------------------------------------------------------------------------------------------------
+
+FEW_FILES = 240
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small files."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(FEW_FILES):
+        path = folder / f"class{number // 80}" / f"{number:03}.bin"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(noise(100_000, number))
+    return folder
+
+
+def shuffled(folder: Path, seed: int) -> list[str]:
+    """Return the names of a folder's files, out of order."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.bin"))
+    random.Random(seed).shuffle(names)
+    return names
+
+
+def read_all(probe: Probe, mount: Mount, names: list[str], source: Path) -> None:
+    """Read files in this order, past the page cache, and compare every byte."""
+    for name in names:
+        probe.call(on.forget_pages, mount / name)
+        assert probe.call(on.read, mount / name) == (source / name).read_bytes()
+
+
+def declare(mount: Mount, names: list[str], file: Path, *flags: str, code: int = 0) -> str:
+    """Declare an order by the command."""
+    file.write_text("".join(f"{name}\n" for name in names))
+    done = mount.home.run("prefetch", mount.path, "--order", file, *flags, code=code)
+    return done.out + done.err
+
+
+def test_s29_a_wrong_order_costs_no_wrong_byte(many: Path, home: Home, probe: Probe, tmp_path: Path) -> None:
+    order = shuffled(many, 1)
+    with home.mount(many, tmp_path / "mnt") as mount:
+        declare(mount, order[: FEW_FILES // 2], tmp_path / "order")
+        read_all(probe, mount, [*order[::3], *shuffled(many, 2), *order[:5], *order[:5]], many)
+        assert mount.count("read_errors") == 0
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_s30_a_declared_order_is_fetched_ahead(many: Path, home: Home, tmp_path: Path, workers: int) -> None:
+    order = shuffled(many, 3)
+    with home.mount(many, tmp_path / "mnt") as mount, probes(workers) as readers:
+        declare(mount, order, tmp_path / "order")
+        for number, name in enumerate(order):
+            assert readers[number % workers].call(on.read, mount / name) == (many / name).read_bytes()
+        assert mount.count("prefetch_used") + mount.count("prefetch_late") >= FEW_FILES * 0.9
+        assert mount.count("prefetched") <= FEW_FILES
+
+
+def test_s31_the_trees_order_is_fetched_ahead_and_no_order_is_not(
+    many: Path, home: Home, probe: Probe, tmp_path: Path
+) -> None:
+    with home.mount(many, tmp_path / "mnt") as mount:
+        read_all(probe, mount, sorted(shuffled(many, 4)), many)
+        assert mount.count("prefetch_used") + mount.count("prefetch_late") >= FEW_FILES * 0.9
+    with home.mount(many, tmp_path / "mnt") as mount:
+        # Far from each other: of 80 names in a folder, every 20th, and another folder each time.
+        apart = [sorted(shuffled(many, 4))[number * 83 % FEW_FILES] for number in range(20)]
+        read_all(probe, mount, apart, many)
+        assert mount.count("prefetched") == 0
+
+
+def test_s32_unknown_names_in_an_order(many: Path, home: Home, tmp_path: Path) -> None:
+    names = [*shuffled(many, 5)[:3], "class0/none.bin", "nowhere/1.bin"]
+    with home.mount(many, tmp_path / "mnt") as mount:
+        assert "class0/none.bin" in declare(mount, names, tmp_path / "order", code=2)
+        assert mount.count("prefetched") == 0
+        assert "3 files declared" in declare(mount, names, tmp_path / "order", "--skip-unknown")
+        mount.counted("prefetched", 3)
+
+
+def test_s33_a_pass_that_repeats_the_last_is_fetched_ahead(
+    many: Path, home: Home, probe: Probe, tmp_path: Path
+) -> None:
+    order = shuffled(many, 6)
+    with home.mount(many, tmp_path / "mnt", order="learned", memory_budget="16MiB", cache_size=0) as mount:
+        read_all(probe, mount, order, many)
+        before = mount.count("prefetched")
+        read_all(probe, mount, order, many)
+        assert mount.count("prefetched") - before >= FEW_FILES * 0.8
+        assert mount.count("read_errors") == 0
+
+
+def test_s34_opening_and_listing_again_ask_nothing(
+    many: Path, home: Home, probe: Probe, tmp_path: Path
+) -> None:
+    with home.mount(many, tmp_path / "mnt") as mount:
+        first = [probe.call(on.names, mount / "class0") for _ in range(2)][0]
+        read_all(probe, mount, [f"class0/{name}" for name in first], many)
+        asked = mount.count("asked")
+        for name in first:
+            assert probe.call(on.read, mount / f"class0/{name}") == (many / "class0" / name).read_bytes()
+        assert probe.call(on.names, mount / "class0") == first
+        assert mount.count("asked") == asked
