@@ -175,12 +175,16 @@ class Desk:
 
     def go_on(self) -> None:
         """Fetch ahead what the last `read` gives reason to; it never delays the read itself."""
-        if self._going_on is not None:
-            self._going_on.go_on()
-            self._going_on = None
-        if self._reached:
-            ino, self._reached = self._reached, 0
-            self.across.reached(ino)
+        reader, self._going_on = self._going_on, None
+        ino, self._reached = self._reached, 0
+        try:
+            if reader is not None:
+                reader.go_on()
+            if ino:
+                self.across.reached(ino)
+        except Exception as error:  # the read has its answer, or will have it
+            if self._thinned.due("go on") is not None:
+                self.log.error("unexpected error; not fetched ahead", exc_info=error)
 
     async def wait(self, waiting: Waiting) -> Sequence[Buffer]:
         """Return the bytes that a read waits for; raise what `Fetcher.get` raises."""

@@ -388,7 +388,7 @@ class Fetcher:
         if (
             self.answers is None
             or self._waiting_for_room
-            or any(landing.error or landing.entry.flight.is_awaited for landing in landings)
+            or any(it.error or it.entry.flight.is_awaited or it.entry.flight.asks for it in landings)
         ):
             self._drain_due = True
             with suppress(trio.RunFinishedError):

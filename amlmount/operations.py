@@ -54,19 +54,13 @@ class Operations(pyfuse3.Operations):
         desk: Desk,
         stores: Sequence[Retrying],
         *,
-        on_init: Callable[[], None],
         handleless: Callable[[], Handleless],
     ) -> None:
         super().__init__()
         self.desk = desk
         self._tree = desk.tree
         self._stores = stores
-        self._on_init = on_init
         self._handleless = handleless
-
-    def init(self) -> None:
-        """Take note that the kernel has answered: what comes next are requests."""
-        self._on_init()
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         said = self.desk.attributes(node)

@@ -63,6 +63,8 @@ class Relay:
         self._buffer = bytearray(wire.READ_BUFFER)
         self._init = 0
         self.handleless = wire.Handleless(files=False, folders=False)
+        self.begun = trio.Event()
+        """Set when the kernel has the answer to its first message, which sets its read-ahead, too."""
         self._passing: list[bytes] = []
 
     def __repr__(self) -> str:
@@ -78,9 +80,10 @@ class Relay:
     def close(self) -> None:
         """Let go of the device."""
         self._library.close()
-        if self._device >= 0:
-            os.close(self._device)
-            self._device = -1
+        # Its number stays taken: a thread that comes late must not write into another file.
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, self._device, inheritable=False)
+        os.close(nowhere)
 
     async def _requests(self, nursery: trio.Nursery) -> None:
         buffers = [self._buffer]
@@ -181,7 +184,9 @@ class Relay:
             answer = await self._library.recv(2 * _LISTING)
             if not answer:
                 return
-            if self._init and int.from_bytes(answer[8:16], "little") == self._init:
+            if self._init and wire.answered(answer) == self._init:
                 self._init = 0
-                answer = wire.amended_init(memoryview(answer), BACKGROUND)
-            self._write([answer])
+                self._write([wire.amended_init(memoryview(answer), BACKGROUND)])
+                self.begun.set()
+            else:
+                self._write([answer])

@@ -122,19 +122,16 @@ class MountSession:
                 stores, self._memory, self._cache, self._counters,
                 connections=settings.connections, read_timeout_s=settings.read_timeout,
             )  # fmt: skip
-            answered = trio.Event()
             self._desk = Desk(
                 tree, stores, self._fetcher, self._counters, self._log,
                 owner=Owner(spec.uid, spec.gid, spec.umask), null_reads=settings.null_reads,
             )  # fmt: skip
             if settings.order == "learned":
                 self._desk.across.learn()
-            self._operations = Operations(
-                self._desk, stores, on_init=answered.set, handleless=lambda: self._relay.handleless
-            )
+            self._operations = Operations(self._desk, stores, handleless=lambda: self._relay.handleless)
             try:
                 await self._check_access(tree, stores)
-                await self._serve(answered, ready)
+                await self._serve(ready)
             finally:
                 self._stop.set()
                 self._fetcher.close()
@@ -173,7 +170,7 @@ class MountSession:
             queue_bytes=queue_bytes, counters=self._counters, log=self._log,
         )  # fmt: skip
 
-    async def _serve(self, answered: trio.Event, ready: Callable[[], None]) -> None:
+    async def _serve(self, ready: Callable[[], None]) -> None:
         spec = self._spec
         # libfuse stacks a second mount on a first without a word: look and mount as one step.
         with channel.only_one(self._run, spec.path):
@@ -199,7 +196,7 @@ class MountSession:
                     nursery.start_soon(self._fetcher.watch)
                     nursery.start_soon(self._remember)
                     with trio.fail_after(30):
-                        await answered.wait()
+                        await self._relay.begun.wait()
                     self._log.info(
                         kernel.set_read_ahead(self._device, self._settings.read_ahead), path=spec.path
                     )

@@ -104,6 +104,12 @@ def refusal(unique: int, errno: int) -> bytes:
     return _OUT.pack(OUT_HEADER_BYTES, -errno, unique)
 
 
+def answered(answer: bytes) -> int:
+    """Return the number of the request that a message answers."""
+    _, _, unique = _OUT.unpack_from(answer)
+    return int(unique)
+
+
 def entry(unique: int, attributes: Attributes, valid_s: int) -> bytes:
     """Return the answer to a LOOKUP that found something; the kernel may remember it for `valid_s` seconds."""
     ino, mode, nlink, uid, gid, size, mtime_ns = attributes

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from bench.dataset import Dataset
 from bench.mounting import Mount, Subject
-from bench.processes import drop_page_cache
+from bench.processes import drop_page_cache, marked
 from bench.report import Compared, Goal
 from bench.workload import Context, Figures, Sizes, Workload, measure, read, wait_until_written
 
@@ -56,14 +57,63 @@ def second_epoch(order: str, readers: int, subject: Subject, context: Context, s
         return _epoch(mount, context, state, order, readers, 60.0)
 
 
+def ceiling(readers: int, subject: Subject, context: Context, state: Path) -> Figures:
+    """Reads answered with zeros: what FUSE and the program that answers allow for files of this size."""
+    zeros = state / "zeros"
+    for name in context.names():
+        (zeros / name).parent.mkdir(parents=True, exist_ok=True)
+        with (zeros / name).open("wb") as file:
+            file.truncate(context.sizes.small)
+    with subject.mounted(context.origin, CONTAINER, state) as mount:
+        return _epoch(mount, replace(context, originals_at=zeros), state, MANIFEST, readers, 60.0)
+
+
+@dataclass(frozen=True)
+class Both(Mount):
+    """Two mounts, below one folder."""
+
+    marks: tuple[str, ...] = ()
+
+    def pids(self) -> list[int]:
+        """The processes of both."""
+        return [pid for mark in self.marks for pid in marked(mark)]
+
+
+def two_mounts(readers: int, subject: Subject, context: Context, state: Path) -> Figures:
+    """Two mounts, each with a process and a cache of its own, and half of the readers and of the files."""
+    originals = state / "original"
+    for side in "ab":
+        (originals / side).mkdir(parents=True)
+        (originals / side / "mnt").symlink_to(context.originals)
+        (state / side).mkdir()
+    with (
+        subject.mounted(context.origin, CONTAINER, state / "a") as one,
+        subject.mounted(context.origin, CONTAINER, state / "b") as other,
+    ):
+        for mount in (one, other):
+            read(["walk", str(mount.path)])
+        names = context.names()
+        halves = iter(names[: len(names) // 2]), iter(names[len(names) // 2 :])
+        sides = (at % readers * 2 // readers for at in range(len(names)))  # of the reader whose turn it is
+        names = [f"{'ab'[side]}/mnt/{next(halves[side])}" for side in sides]
+        both = Both(state, one.mark, marks=(one.mark, other.mark))
+        return _read(both, replace(context, originals_at=originals), state, names, readers, 60.0)
+
+
 def _epoch(mount: Mount, context: Context, state: Path, order: str, readers: int, limit_s: float) -> Figures:
     names = context.names()
     if order == SHUFFLED:
         random.Random(context.seed).shuffle(names)
-    listed = state / "order.txt"
-    listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     if not mount.through:
         read(["walk", str(mount.path)])
+    return _read(mount, context, state, names, readers, limit_s)
+
+
+def _read(
+    mount: Mount, context: Context, state: Path, names: list[str], readers: int, limit_s: float
+) -> Figures:
+    listed = state / "order.txt"
+    listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     arguments = [
         "files", str(mount.path), "--list", str(listed), "--original", str(context.originals),
         "--readers", str(readers), "--limit-s", str(limit_s),
@@ -154,6 +204,26 @@ def _second(readers: int, order: str, floor: float | None) -> Workload:
     )
 
 
+def _limits() -> tuple[Workload, ...]:
+    return tuple(
+        Workload(
+            f"small-{name}-8",
+            f"{_files(8)}, in manifest order: {title}",
+            "near",
+            CONTAINER,
+            (subject,),
+            partial(work, 8),
+            _BY,
+            ours=(subject,),
+            quick=False,
+        )
+        for name, title, subject, work in (
+            ("ceiling", "reads answered with zeros", "amlmount-zeros", ceiling),
+            ("two-mounts", "two mounts, four readers each", "amlmount", two_mounts),
+        )
+    )
+
+
 WORKLOADS = (
     _manifest(1, 25.0),
     _manifest(8, None),
@@ -163,6 +233,7 @@ WORKLOADS = (
     _shuffled(32, 2.0, 4.0),
     _near(1),
     _near(8),
+    *_limits(),
     _second(1, MANIFEST, 0.8),
     _second(8, MANIFEST, 0.8),
     _second(32, MANIFEST, None),

@@ -66,11 +66,12 @@ class Context:
     dataset: Dataset
     sizes: Sizes
     seed: int
+    originals_at: Path | None = None
 
     @property
     def originals(self) -> Path:
-        """The folder of the container's own files."""
-        return self.dataset.root / self.container
+        """The folder of the files that reads are compared with: the container's own, unless said otherwise."""
+        return self.originals_at or self.dataset.root / self.container
 
     def names(self) -> list[str]:
         """The container's files, in the order of a manifest."""

@@ -50,6 +50,7 @@ class DeskRig:
         """Read as the relay does."""
         found = self.desk.read(self.ino(path), offset, size)
         self.desk.go_on()
+        assert found is not None
         return b"".join(await self.desk.wait(found) if isinstance(found, Waiting) else found)
 
     def paths_read(self) -> list[str]:

@@ -251,6 +251,16 @@ def change(root: str, file: str, folder: str) -> dict[str, str]:
     return found
 
 
+def overwrite(path: str, data: bytes) -> None:
+    """Write into a file, and wait until that has reached it."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def main() -> None:
     """Answer calls until standard input ends."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from amlmount.cache import FORMAT
 from tests import mount_probe as on
+from tests.block_records import Record, block_files, records
 from tests.mounting import FSTYPE, Home, Mount, Probe, mounted, probes, tmpfs, until
 from tests.servers.azurite import Azurite
 from tests.servers.faults import (
@@ -263,6 +265,11 @@ def test_overwritten_while_it_is_read(remote: Remote, probe: Probe) -> None:
 # The cache disk ---------------------------------------------------------------------------------------------
 
 
+def written(mount: Mount) -> None:
+    """Wait until all that was fetched is on the cache disk."""
+    until(lambda: mount.count("cache_writes") == mount.count("requests") - mount.count("retries"))
+
+
 def read_all(probe: Probe, mount: Mount, files: dict[str, bytes] = FILES) -> None:
     for name, data in files.items():
         assert probe.call(on.read, mount / name) == data, name
@@ -275,7 +282,7 @@ def test_a_full_cache_disk(as_root: None, remote: Remote, probe: Probe, tmp_path
             read_all(probe, mount)
             mount.counted("cache_dropped", 1)
             assert mount.count("read_errors") == 0
-        assert not list((disk / "v1" / "tmp").iterdir())
+        assert not list((disk / FORMAT / "tmp").iterdir())
 
 
 def test_a_disk_that_fills_up_under_the_cache(
@@ -317,12 +324,12 @@ def test_a_cache_folder_that_cannot_be(spoil: str, remote: Remote, probe: Probe,
     elif spoil == "a file":
         folder.write_bytes(b"")
     elif spoil == "no right":
-        (folder / "v1").mkdir(parents=True)
-        (folder / "v1").chmod(0o777)  # others could put blocks there
+        (folder / FORMAT).mkdir(parents=True)
+        (folder / FORMAT).chmod(0o777)  # others could put blocks there
     else:
         folder.mkdir()
         (tmp_path / "target").write_bytes(b"")
-        (folder / "v1").symlink_to(tmp_path / "target")
+        (folder / FORMAT).symlink_to(tmp_path / "target")
     some = {name: FILES[name] for name in ("0.bin", "1.bin")}
     with remote.mounted(cache_dir=folder) as mount:
         read_all(probe, mount, some)
@@ -344,14 +351,13 @@ def test_a_cache_that_vanishes_and_comes_back(remote: Remote, probe: Probe) -> N
 def test_a_flipped_bit_in_every_block(remote: Remote, probe: Probe) -> None:
     with remote.mounted() as mount:
         read_all(probe, mount)
-        until(lambda: mount.count("cache_writes") >= mount.count("cache_misses"))
-    blocks = sorted(path for path in remote.home.cache.rglob("*") if len(path.name) == 62)
+        written(mount)
+    blocks = list(records(remote.home.cache))
     assert len(blocks) >= 12
+    assert len(block_files(remote.home.cache)) < len(blocks)  # some of them in packs
     chosen = random.Random(3)
-    for path in blocks:
-        damage = bytearray(path.read_bytes())
-        damage[chosen.randrange(len(damage))] ^= 1 << chosen.randrange(8)
-        path.write_bytes(damage)
+    for record in blocks:
+        record.flip(chosen.randrange(len(record.read())), chosen.randrange(8))
     with remote.mounted() as mount:
         read_all(probe, mount)
         assert mount.count("cache_corrupt") == len(blocks)
@@ -362,31 +368,32 @@ def test_a_flipped_bit_in_every_block(remote: Remote, probe: Probe) -> None:
 def test_blocks_of_another_object_under_a_blocks_name(remote: Remote, probe: Probe) -> None:
     with remote.mounted() as mount:
         read_all(probe, mount)
-        until(lambda: mount.count("cache_writes") >= mount.count("cache_misses"))
-    blocks = sorted(path for path in remote.home.cache.rglob("*") if len(path.name) == 62)
-    by_size: dict[int, list[Path]] = {}
-    for path in blocks:
-        by_size.setdefault(path.stat().st_size, []).append(path)
+        written(mount)
+    by_size: dict[int, list[Record]] = {}
+    for record in records(remote.home.cache):
+        by_size.setdefault(record.length, []).append(record)
+    moved = 0
     for same in by_size.values():
-        contents = [path.read_bytes() for path in same]
-        for path, content in zip(same, contents[1:] + contents[:1], strict=True):
-            path.write_bytes(content)
+        contents = [record.read() for record in same]
+        for record, content in zip(same, contents[1:] + contents[:1], strict=True):
+            record.write(content)
+        moved += len(same) if len(same) > 1 else 0
+    assert moved >= 12
     with remote.mounted() as mount:
         read_all(probe, mount)
-        assert mount.count("cache_corrupt") == sum(len(same) for same in by_size.values() if len(same) > 1)
+        assert mount.count("cache_corrupt") == moved
 
 
 def test_a_cache_disk_that_hangs(remote: Remote, probe: Probe) -> None:
     """A FIFO that nobody writes to hangs whoever opens it, and a lock that is held hangs whoever wants it."""
     with remote.mounted() as mount:
         read_all(probe, mount)
-        until(lambda: mount.count("cache_writes") >= mount.count("cache_misses"))
-    for path in remote.home.cache.rglob("*"):
-        if len(path.name) == 62:
-            path.unlink()
-            os.mkfifo(path, 0o600)
+        written(mount)
+    for path in block_files(remote.home.cache):
+        path.unlink()
+        os.mkfifo(path, 0o600)
     with remote.mounted() as mount:
-        locks = [path.open("rb") for path in remote.home.cache.glob("v1/*") if path.is_file()]
+        locks = [path.open("rb") for path in (remote.home.cache / FORMAT).glob("*") if path.is_file()]
         try:
             for lock in locks:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -495,12 +502,12 @@ def test_a_bug_in_a_handler_costs_one_request(remote: Remote, probe: Probe, tmp_
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import amlmount.reader as reader\n"
-        "serve = reader.FileReader.read\n"
-        "async def read(self, offset, length):\n"
+        "begin = reader.FileReader.begin\n"
+        "def broken(self, *args):\n"
         "    if self.file.object.path.endswith('/0.bin'):\n"
         "        raise RuntimeError('a bug')\n"
-        "    return await serve(self, offset, length)\n"
-        "reader.FileReader.read = read\n"
+        "    return begin(self, *args)\n"
+        "reader.FileReader.begin = broken\n"
     )
     remote.home.environ["PYTHONPATH"] = str(hook)
     with remote.mounted() as mount:

@@ -58,16 +58,12 @@ class Mounted:
     def __init__(self, tree: Tree, *, owner: Owner = OWNER) -> None:
         self.tree = tree
         self.counters = Counters()
-        self.inits = 0
         self.handleless = OLD
         stores = [Retrying(FakeStore(identity=f"fake:{n}"), patience_s=1) for n in range(2)]
         desk = Desk(
             tree, stores, cast("Fetcher", None), self.counters, structlog.get_logger(), owner=owner
         )  # nothing is read here
-        self.ops = Operations(desk, stores, on_init=self._count, handleless=lambda: self.handleless)
-
-    def _count(self) -> None:
-        self.inits += 1
+        self.ops = Operations(desk, stores, handleless=lambda: self.handleless)
 
     def ino(self, path: str) -> pyfuse3.InodeT:
         ino = ROOT
@@ -146,11 +142,6 @@ async def test_an_inode_that_never_was_is_stale(mounted: Mounted) -> None:
         assert await refused(ops.getxattr(nowhere, name, CTX)) == "ESTALE"
     assert len(lines) == 1  # for the inode, not for each question
     assert "99999" in lines[0]["event"]
-
-
-async def test_the_kernels_first_word_is_passed_on(mounted: Mounted) -> None:
-    mounted.ops.init()
-    assert mounted.inits == 1
 
 
 # Directories ---------------------------------------------------------------------------------------------------

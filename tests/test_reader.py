@@ -32,6 +32,7 @@ async def read(reader: FileReader, offset: int, length: int) -> bytes:
     """Read as the session does."""
     found = reader.begin(offset, length)
     reader.go_on()
+    assert found is not None
     return b"".join(await reader.complete(found) if isinstance(found, list) else found)
 
 

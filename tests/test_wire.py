@@ -88,6 +88,7 @@ def test_headers_of_answers(unique: int, length: int) -> None:
 @given(u64, st.sampled_from(sorted(errno.errorcode)))
 def test_refusals(unique: int, number: int) -> None:
     assert abi.answer(wire.refusal(unique, number)) == (unique, number, b"")
+    assert wire.answered(wire.refusal(unique, number)) == unique
 
 
 attributes = st.builds(
