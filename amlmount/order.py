@@ -41,6 +41,7 @@ class Stream:
     """One pass over consecutive inodes."""
 
     begin: int
+    """The lowest inode opened."""
     position: int
     """The highest inode opened."""
     opened: int
@@ -93,6 +94,7 @@ class FileOrder:
             elif not best.seen >> -step & 1:  # another worker's, a little behind
                 best.seen |= 1 << -step
                 best.opened += 1
+                best.begin = min(best.begin, ino)
             elif -step > JUMP // 2:
                 best.opened = max(1, best.opened // 2)  # read again: no order to follow
         self._streams.append(best)

@@ -175,8 +175,11 @@ class Relay:
         try:
             os.writev(self._device, answer)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, *_GONE):  # nobody waits for it any more
-                raise
+            if error.errno in (errno.ENOENT, *_GONE):  # nobody waits for it any more
+                return
+            self._desk.log.error("the kernel refuses an answer; the request failed with EIO", exc_info=error)
+            with suppress(OSError):
+                os.write(self._device, wire.refusal(wire.answered(answer[0]), errno.EIO))
 
     async def _answers(self) -> None:
         """Carry the library's answers to the kernel."""

@@ -104,7 +104,7 @@ def refusal(unique: int, errno: int) -> bytes:
     return _OUT.pack(OUT_HEADER_BYTES, -errno, unique)
 
 
-def answered(answer: bytes) -> int:
+def answered(answer: bytes | memoryview) -> int:
     """Return the number of the request that a message answers."""
     _, _, unique = _OUT.unpack_from(answer)
     return int(unique)

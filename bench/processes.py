@@ -11,6 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, limit_s
 
     CPU and the resident peak are those of the process and of every descendant it waited for.
     """
+    # A child begins with its parent's peak of resident memory (exec keeps it): set ours back to what we hold now.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     process = subprocess.Popen(
         [*END_WITH_PARENT, "timeout", "-k", "5", f"{limit_s:.0f}", *command],

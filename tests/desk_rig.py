@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from amlmount.cache import BlockCache
 from amlmount.desk import Desk, Owner, Waiting
 from amlmount.manifest import ROOT, Manifest
 from amlmount.metrics import Counters
@@ -67,9 +68,10 @@ async def desk_rig(
     connections: int = 2,
     budget: int = 100 << 20,
     patience_s: float = 10,
+    cache: BlockCache | None = None,
 ) -> AsyncIterator[DeskRig]:
     with tempfile.TemporaryDirectory() as top:
-        async with rig(connections=connections, budget=budget, patience_s=patience_s) as r:
+        async with rig(connections=connections, budget=budget, patience_s=patience_s, cache=cache) as r:
             pinned = {path: r.fake.put(path, data) for path, data in files.items()}
             build(
                 Path(top) / "m",

@@ -88,7 +88,7 @@ def test_two_processes_walk_and_compare_at_once(mount: Mount, source: Path) -> N
         compare_trees(one, mount.root, str(source))
 
 
-def test_read_ahead_stays_as_it_was_set(mount: Mount) -> None:
+def test_read_ahead_stays_as_it_was_set(as_root: None, mount: Mount) -> None:
     """The answer to the kernel's first message sets it as well: that must come before."""
     [line] = mounted(mount.path)
     assert mount.lines("kernel read-ahead raised")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amlmount.order import DENSITY, JUMP, MAX_FILES, STARTS_AFTER, STREAMS, TOGETHER, FileOrder
@@ -89,6 +89,7 @@ def test_where_memory_ended_is_where_fetching_goes_on() -> None:
     assert order.observe(12).wanted().start == 13
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_32_readers_that_take_every_32nd_file_are_one_stream(chance: random.Random) -> None:
     """Whichever is quicker or slower by two of its files, the files come as one pass and are fetched ahead."""

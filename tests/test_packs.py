@@ -72,6 +72,7 @@ def together(opened: BlockCache, *numbers: int, size: int = 10_000) -> None:
 names = st.binary(min_size=32, max_size=32)
 
 
+@settings(deadline=None)
 @given(st.lists(names, max_size=200), st.lists(names, max_size=20))
 def test_the_sieve_never_denies_what_it_was_given(added: list[bytes], others: list[bytes]) -> None:
     sieve = Sieve()
@@ -266,7 +267,7 @@ def test_an_index_in_whose_place_is_a_folder_is_an_os_error(tmp_path: Path) -> N
 # Reading records -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=30),
     st.integers(0, 60),

@@ -7,20 +7,26 @@ import os
 import random
 import select
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import trio
 from structlog.testing import capture_logs
 
+from amlmount import fetch
 from amlmount import relay as relay_module
 from amlmount.across import AcrossFiles
-from amlmount.blocks import KIB, MIB
+from amlmount.blocks import KIB, MIB, BlockKey
+from amlmount.cache import BlockCache
 from amlmount.desk import FOR_EVER_S, Desk
 from amlmount.errors import ObjectChanged
 from amlmount.manifest import ROOT
+from amlmount.metrics import Counters
 from amlmount.reader import FileReader
 from amlmount.relay import BACKGROUND, Relay, device_fds
 from tests import fuse_abi as abi
@@ -285,6 +291,45 @@ async def test_a_read_of_a_store_that_hangs_ends_at_its_deadline() -> None:
         assert m.kernel.unanswered() == 0
 
 
+async def test_a_read_that_the_cache_disk_holds_up_is_answered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "DISK_PATIENCE_S", 0.05)
+    cache = BlockCache(
+        tmp_path / "cache", cache_size=MIB, min_free=0, queue_bytes=MIB, counters=Counters(), log=structlog.get_logger()
+    )  # fmt: skip
+    stuck, back = threading.Event(), threading.Event()
+    real = cache.read_all
+
+    def read_all(keys: Sequence[BlockKey]) -> list[memoryview | None]:
+        if keys and not stuck.is_set():
+            stuck.wait(20)
+            back.set()
+            return [memoryview(b"hello") for _ in keys]  # it was there, after all
+        return real(keys)
+
+    monkeypatch.setattr(cache, "read_all", read_all)
+    async with relayed(cache=cache) as m, trio.open_nursery() as nursery:
+        nursery.start_soon(m.r.rig.fetcher.watch)
+        ino = m.r.ino("a.txt")
+        with m.r.fake.held():
+            first = await m.kernel.send("READ", ino, abi.read_in(0, 100))
+            await m.r.rig.store_has(1)  # the disk was given up
+            second = await m.kernel.send("READ", ino, abi.read_in(1, 3))
+            with trio.fail_after(10):
+                while m.r.counters.reads < 2:
+                    await trio.lowlevel.checkpoint()
+            stuck.set()
+            await trio.to_thread.run_sync(back.wait, 10)
+            assert await m.kernel.answer(first) == (0, b"hello")  # who has the bytes answers
+            assert await m.kernel.answer(second) == (0, b"ell")
+        await m.r.rig.landed()
+        assert await m.kernel.read(ino, 0, 10) == b"hello"
+        assert m.r.counters.bytes_asked == 5 + 3 + 5
+        nursery.cancel_scope.cancel()
+    cache.close()
+
+
 # What goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -402,6 +447,39 @@ async def test_an_answer_that_nobody_waits_for_any_more_is_no_failure(
             while refused < 3:
                 await trio.lowlevel.checkpoint()
         assert await m.kernel.read(m.r.ino("d/e/z"), 0, 4) == b"xxxx"
+
+
+@pytest.mark.parametrize(
+    "kind", ["a name", "no name", "in memory", "from a thread", "from a task", "passed on"]
+)
+async def test_an_answer_that_the_kernel_refuses_costs_one_request(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with relayed() as m:
+        ino = m.r.ino("a.txt")
+        if kind == "in memory":
+            await m.kernel.read(ino, 0, 10)
+        if kind == "from a task":
+            m.r.rig.fetcher._pilot.answers = None
+
+        def writev(fd: int, parts: Sequence[Any]) -> int:
+            raise OSError(errno.EINVAL, "no such answer")
+
+        with monkeypatch.context() as patch, capture_logs() as lines:
+            patch.setattr(os, "writev", writev)
+            if kind == "passed on":
+                unique = await m.kernel.send("STATFS", ROOT)
+                await m.passed()
+                await m.library.send(bytes(abi.OutHeader(len=16, unique=unique)))
+                error, _ = await m.kernel.answer(unique)
+                assert errno.errorcode[error] == "EIO"
+            elif kind.endswith("name"):
+                name = b"a.txt\0" if kind == "a name" else b"none\0"
+                assert await m.kernel.refused("LOOKUP", ROOT, name) == "EIO"
+            else:
+                assert await m.kernel.refused("READ", ino, abi.read_in(0, 10)) == "EIO"
+        assert len(lines) == 1
+        assert await m.kernel.read(ino, 0, 10) == b"hello"
 
 
 # What is passed on ---------------------------------------------------------------------------------------------
