@@ -10,6 +10,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ARGS ?=
 SETUP := .venv/.setup-done
+TESTS := .venv/.tests-done
 AZURITE := tests/azurite/node_modules/.setup-done
 BENCH := .venv/.bench-done
 export PYTHON
@@ -23,6 +24,10 @@ setup: $(SETUP) ## install what amlmount needs: packages from apt where missing,
 
 $(SETUP): pyproject.toml requirements.lock scripts/setup
 	@scripts/setup python
+	@touch $@
+
+$(TESTS): $(SETUP)
+	@scripts/setup tests
 	@touch $@
 
 .PHONY: azurite
@@ -40,21 +45,21 @@ demo: $(SETUP) ## mount a real directory as a frozen dataset, compare every byte
 test: lint types pytest ## everything CI checks: lint, types and tests
 
 .PHONY: pytest
-pytest: $(SETUP) $(AZURITE) ## the tests alone, for instance make pytest ARGS="-k manifest -x"
+pytest: $(TESTS) $(AZURITE) ## the tests alone, for instance make pytest ARGS="-k manifest -x"
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
-lint: $(SETUP) ## ruff: rules and formatting
+lint: $(TESTS) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 .PHONY: format
-format: $(SETUP) ## let ruff format and fix the code
+format: $(TESTS) ## let ruff format and fix the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
 .PHONY: types
-types: $(SETUP) ## mypy, strict
+types: $(TESTS) ## mypy, strict
 	@$(BIN)/mypy
 
 .PHONY: bench
