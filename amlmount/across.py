@@ -37,8 +37,12 @@ class AcrossFiles:
         self._declared = DeclaredOrder()
         self._learned: LearnedOrder | None = None
         self._since = 0
-        self.window_files = 0
-        """Files that the last look fetched or found fetched ahead of the reader."""
+        self._tree_ahead = 0
+
+    @property
+    def window_files(self) -> int:
+        """Files fetched ahead of the readers of declared orders, else of the last reader in the tree's order."""
+        return self._declared.ahead or self._tree_ahead
 
     def learn(self) -> int:
         """Record the order of the reads from now on, and use it for the next pass; return the files recorded."""
@@ -71,7 +75,7 @@ class AcrossFiles:
         if wanted:
             fetched = self._fetch(self._tree.run(wanted.start, len(wanted)))
             stream.ahead = wanted.start + fetched
-            self.window_files = stream.ahead - stream.position
+        self._tree_ahead = max(0, stream.ahead - stream.position - 1)
 
     def _learn(self, learned: LearnedOrder, ino: int) -> None:
         passed = learned.observe(ino)
@@ -94,7 +98,6 @@ class AcrossFiles:
         if wanted:
             found = self._tree.nodes(wanted)
             self._declared.fetched(self._fetch(found[ino] for ino in wanted))
-            self.window_files = self._declared.ahead
 
     def _fetch(self, nodes: Iterable[Node]) -> int:
         """Fetch the beginnings of files ahead of need; return how many, which is fewer where memory is short."""

@@ -93,7 +93,7 @@ class DeclaredOrder:
     @property
     def ahead(self) -> int:
         """Files fetched ahead and not read yet."""
-        return sum(course.ahead for course in self._courses.values())
+        return sum(course.ahead for course in list(self._courses.values()))  # asked from another thread, too
 
     def given_up(self) -> list[int]:
         """Return the files fetched ahead that nobody is expected to read any more, each once: their memory is free."""
