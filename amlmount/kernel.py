@@ -70,20 +70,23 @@ def check_mount_point(path: str, *, nonempty: bool) -> None:
         if mounted is None:
             break
         if mounted.fstype != FSTYPE or not _is_dead(path):
-            raise MountPointInUse(
-                f"{path}: {mounted.fstype} is mounted there", hint=f"amlmount umount {path}"
-            )
+            raise _in_use(path, mounted)
         unmount(path, lazy=True)
     try:
         status = os.stat(path)
         if not stat.S_ISDIR(status.st_mode):
             raise MountPointError(f"{path} is not a directory")
         if not nonempty and os.listdir(path):
-            raise MountPointNotEmpty(f"{path} is not empty")
+            mounted = mounted_at(path)  # somebody may have been quicker than our two looks
+            raise _in_use(path, mounted) if mounted else MountPointNotEmpty(f"{path} is not empty")
     except FileNotFoundError:
         raise MountPointError(f"{path} does not exist", hint=f"mkdir -p {path}") from None
     except OSError as error:
         raise MountPointError(f"{path}: {error.strerror}") from error
+
+
+def _in_use(path: str, mounted: MountEntry) -> MountPointInUse:
+    return MountPointInUse(f"{path}: {mounted.fstype} is mounted there", hint=f"amlmount umount {path}")
 
 
 def _is_dead(path: str) -> bool:
