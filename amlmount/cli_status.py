@@ -13,6 +13,16 @@ from amlmount.resolve import human_bytes
 from amlmount.status import MountStatus
 
 
+_BOUNDS = {
+    "idle": "idle",
+    "reader": "bound by the reader",
+    "store": "bound by the store",
+    "budget": "bound by the memory budget",
+    "cache disk": "bound by the cache disk",
+    "fuse": "bound by FUSE",
+}
+
+
 @click.command()
 @click.argument("path", required=False, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="All there is to know, as JSON.")
@@ -49,12 +59,8 @@ def lines(mounted: MountStatus, now_s: float) -> list[str]:
     if not said:
         return out
     if mounted.verdict is not None:
-        last = f"the last {mounted.verdict.over_s:.0f} s of reads" if said["reads"] else "so far"
-        out.append(
-            f"  bound by {mounted.verdict.bound} ({last}): {mounted.verdict.why}".replace(
-                "by idle", "by nothing"
-            )
-        )
+        bound = _BOUNDS[mounted.verdict.bound]
+        out.append(f"  {bound} (over {mounted.verdict.over_s:.0f} s): {mounted.verdict.why}")
     out += [
         f"  read {human_bytes(said['bytes_asked'])} in {said['reads']:,.0f} requests;"
         f" from the store {human_bytes(said['bytes_fetched'])} ({said['fetched_per_asked']} per byte asked),"
