@@ -12,7 +12,6 @@ from amlmount.config import Places
 from amlmount.resolve import human_bytes
 from amlmount.status import MountStatus
 
-
 _BOUNDS = {
     "idle": "idle",
     "reader": "bound by the reader",
