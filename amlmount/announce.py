@@ -12,19 +12,11 @@ from typing import Any
 from amlmount import channel
 from amlmount.channel import SessionRecord
 from amlmount.epoch import pack
-from amlmount.errors import AmlmountError, ManifestError, MountFailed, NotMounted
+from amlmount.errors import ManifestError, MountFailed, NotMounted, ReportedError
 from amlmount.manifest import Manifest
 
 _TIMEOUT_S = 20.0
 """Seconds for a session to take an order in; one of a million files takes it 0.3 s."""
-
-
-class Refused(AmlmountError):
-    """What a session said instead of taking an order; carries that error's exit code."""
-
-    def __init__(self, answer: dict[str, Any]) -> None:
-        super().__init__(str(answer.get("error")), hint=str(answer.get("hint", "")))
-        self.exit_code = int(answer.get("exit_code", 1))  # type: ignore[misc]  # this one is another process's
 
 
 def session_at(run: Path, path: str) -> SessionRecord:
@@ -71,5 +63,7 @@ def _tell(run: Path, record: SessionRecord, question: dict[str, Any], body: byte
             f"the session at {record.path}, process {record.pid}, does not answer", hint="amlmount status"
         )
     if "error" in answer:
-        raise Refused(answer)
+        raise ReportedError(
+            str(answer["error"]), hint=str(answer.get("hint", "")), exit_code=int(answer.get("exit_code", 1))
+        )
     return answer

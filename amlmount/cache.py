@@ -152,9 +152,9 @@ class BlockCache:
                 found = self._read_packed(packed)
             for key in keys:
                 if key.length >= self._packed_below:
-                    found |= self._read_file(
-                        self._path(key.digest().hex()), [Read(key, 0, record_bytes(key))]
-                    )
+                    with suppress(FileNotFoundError):
+                        path = self._path(key.digest().hex())
+                        found |= self._read_file(path, [Read(key, 0, record_bytes(key))])
             self._errors = 0
         except OSError as error:
             self._failed("read", error)
@@ -174,12 +174,8 @@ class BlockCache:
         return found
 
     def _read_file(self, path: str, records: Sequence[Read]) -> dict[BlockKey, memoryview]:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if len(records) == 1 and records[0].key.length >= self._packed_below:
-                return {}
-            raise
+        """Return the undamaged of these records of a file; raise FileNotFoundError where there is no such file."""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         found = {}
         try:
             status = os.fstat(fd)

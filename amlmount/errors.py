@@ -5,6 +5,7 @@ A class says what a failure means to the two kinds of people who meet it: a prog
 Libraries' own exceptions are translated where they are called and never travel further.
 
     AmlmountError                 1  EIO
+      ReportedError               1  EIO      what another process failed with; each has that error's exit code
       NoSuchInode                 1  ESTALE   a number that this manifest has not: from an earlier mount
       UsageError                  2  EINVAL   the command's words are off
       DriftFound                  3  ESTALE   verify: the store no longer holds what was frozen
@@ -59,6 +60,14 @@ class AmlmountError(Exception):
         again = copy.copy(self).with_traceback(None)
         again.__cause__ = self.__cause__
         return again
+
+
+class ReportedError(AmlmountError):
+    """What another process of amlmount's failed with; carries that error's exit code."""
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code  # type: ignore[misc]  # the class's elsewhere; this one is another process's
 
 
 def unexpected(cause: Exception | None) -> AmlmountError:

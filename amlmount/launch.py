@@ -23,7 +23,7 @@ import psutil
 from amlmount import channel, kernel
 from amlmount.config import Places, private_folder
 from amlmount.dataset import MountSpec, utf8
-from amlmount.errors import AmlmountError, MountBusy, MountFailed, NotMounted
+from amlmount.errors import MountBusy, MountFailed, NotMounted, ReportedError
 
 _TERMINATE_S = 10.0
 
@@ -37,16 +37,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int = 0
 
 
-class SessionFailed(AmlmountError):
-    """What a session said before it ended; carries that error's exit code."""
-
-    def __init__(self, report: Report, log: Path) -> None:
-        # What libfuse itself has to say of a mount that failed is in the log.
-        hint = f"see {log}" if report.exit_code == MountFailed.exit_code else report.hint
-        super().__init__(report.error, hint=hint)
-        self.exit_code = report.exit_code  # type: ignore[misc]  # this one is another process's
-
-
 def log_file(where: Places, path: str) -> Path:
     """Return the log file of the session at a mount point."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path).strip("-")[-80:]
@@ -56,7 +46,7 @@ def log_file(where: Places, path: str) -> Path:
 def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout_s: float) -> Report:
     """Start a detached session; return when its tree answers.
 
-    Raises SessionFailed with the session's own error, MountFailed where it stays silent; then nothing is left behind.
+    Raises ReportedError with the session's own error, MountFailed where it stays silent; then nothing is left behind.
     """
     private_folder(where.logs)
     log_path = log_file(where, spec.path)
@@ -95,7 +85,9 @@ def start(spec: MountSpec, where: Places, environ: Mapping[str, str], *, timeout
         process.stdout.close()
     if report.error:
         process.wait()
-        raise SessionFailed(report, log_path)
+        # What libfuse itself has to say of a mount that failed is in the log.
+        hint = f"see {log_path}" if report.exit_code == MountFailed.exit_code else report.hint
+        raise ReportedError(report.error, hint=hint, exit_code=report.exit_code)
     # The session outlives this process, which is nobody's business to wait for.
     process.returncode = 0
     return report

@@ -116,29 +116,14 @@ class Relay:
 
     def _serve(self, message: memoryview, nursery: trio.Nursery) -> None:
         _, opcode, unique, ino, _, _, _, _, _ = wire.HEADER.unpack_from(message)
-        if opcode == wire.READ:
+        if opcode in (wire.READ, wire.LOOKUP):
             try:
-                found = self._desk.read(ino, *wire.read_in(message), unique)
-                if isinstance(found, Waiting):
-                    nursery.start_soon(self._read_later, unique, found)
-                elif found is not None:
-                    self._reply(unique, found)
-                self._desk.go_on()
+                if opcode == wire.READ:
+                    self._read(unique, ino, message, nursery)
+                else:
+                    self._lookup(unique, ino, message)
             except Exception as error:  # noqa: BLE001  # whatever it is, one request fails and the mount lives on
                 self.refuse(unique, error, ino)
-        elif opcode == wire.LOOKUP:
-            try:
-                found_entry = self._desk.lookup(ino, wire.lookup_name(message))
-            except Exception as error:  # noqa: BLE001
-                self.refuse(unique, error, ino)
-            else:
-                self._write(
-                    [
-                        wire.no_entry(unique, FOR_EVER_S)
-                        if found_entry is None
-                        else wire.entry(unique, found_entry, FOR_EVER_S)
-                    ]
-                )
         elif opcode == wire.GETXATTR and not wire.xattr_name(message).startswith(b"user."):
             # `ls -l` asks for security and access lists of each file, unless it hears that there is no such thing.
             self._write([wire.refusal(unique, errno.EOPNOTSUPP)])
@@ -152,10 +137,23 @@ class Relay:
                 self.handleless = wire.handleless(message)
             self._passing.append(bytes(message))
 
+    def _read(self, unique: int, ino: int, message: memoryview, nursery: trio.Nursery) -> None:
+        found = self._desk.read(ino, *wire.read_in(message), unique)
+        if isinstance(found, Waiting):
+            nursery.start_soon(self._read_later, unique, found)
+        elif found is not None:
+            self._reply(unique, found)
+        self._desk.go_on()
+
+    def _lookup(self, unique: int, ino: int, message: memoryview) -> None:
+        found = self._desk.lookup(ino, wire.lookup_name(message))
+        answer = wire.no_entry(unique, FOR_EVER_S) if found is None else wire.entry(unique, found, FOR_EVER_S)
+        self._write([answer])
+
     async def _read_later(self, unique: int, waiting: Waiting) -> None:
         try:
             found = await self._desk.wait(waiting)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # as above
             self.refuse(unique, error, waiting.ino)
         else:
             self._reply(unique, found)

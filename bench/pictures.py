@@ -66,15 +66,7 @@ def draw(rows: Sequence[Row], about: dict[str, str], folder: Path, prefix: str) 
 
 def _small_files(rows: dict[str, Row]) -> Figure | None:
     """Files a second in the first epoch, by the number of readers."""
-    panels = []
-    for order, title in (("manifest", "in manifest order"), ("shuffled", "shuffled")):
-        groups = {
-            _readers(readers): _values(rows[f"small-{order}-{readers}"], "files_s")
-            for readers in READERS
-            if f"small-{order}-{readers}" in rows
-        }
-        if groups:
-            panels.append((title, groups))
+    panels = _by_order(rows, "small")
     if not panels:
         return None
     figure, axes = _panels(len(panels), height=5.0)
@@ -96,15 +88,7 @@ def _small_files(rows: dict[str, Row]) -> Figure | None:
 
 def _second_epoch(rows: dict[str, Row]) -> Figure | None:
     """Files a second from the cache on disk, next to plain files."""
-    panels = []
-    for order, title in (("manifest", "in manifest order"), ("shuffled", "shuffled")):
-        groups = {
-            _readers(readers): _values(rows[f"small-second-{order}-{readers}"], "files_s")
-            for readers in READERS
-            if f"small-second-{order}-{readers}" in rows
-        }
-        if groups:
-            panels.append((title, groups))
+    panels = _by_order(rows, "small-second")
     if not panels:
         return None
     figure, axes = _panels(len(panels), height=4.4)
@@ -209,6 +193,20 @@ def _values(row: Row, key: str) -> Values:
         if figures and key in figures:
             best.append(figures[key])
     return {subject: values for subject, values in (found | {RCLONE: best}).items() if values}
+
+
+def _by_order(rows: dict[str, Row], prefix: str) -> list[tuple[str, dict[str, Values]]]:
+    """A panel for each order of the rows `PREFIX-ORDER-READERS`: its title, and files a second by readers."""
+    panels = []
+    for order, title in (("manifest", "in manifest order"), ("shuffled", "shuffled")):
+        groups = {
+            _readers(readers): _values(rows[f"{prefix}-{order}-{readers}"], "files_s")
+            for readers in READERS
+            if f"{prefix}-{order}-{readers}" in rows
+        }
+        if groups:
+            panels.append((title, groups))
+    return panels
 
 
 def _readers(count: int) -> str:
